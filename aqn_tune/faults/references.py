@@ -1,0 +1,35 @@
+"""The magnitude r(x) that a relative fault is measured against."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Reference = Literal["token_max", "tensor_max", "rms", "absolute", "quantile"]
+
+
+def reference_magnitude(reference: Reference, x: Tensor, valid: Tensor) -> Tensor:
+    """Return r(x), without gradient, broadcastable to `x` [K, N, D].
+
+    token_max: largest magnitude of each token's vector, [K, N, 1]; independent of batch mates.
+    tensor_max: largest magnitude over a replicate's whole tensor, [K, 1, 1]; batch size and padding
+        are part of the fault then, so compare only runs with the same ones.
+    rms: root mean square of each token's vector, [K, N, 1].
+    absolute: one, the threshold is in the units of x.
+    quantile: one, unused: the threshold is a fraction of each token's values (see `dead_zone`).
+
+    `valid` [K, N, 1] is False at padding, which never enters a maximum over tokens.
+    """
+    import torch
+
+    with torch.no_grad():
+        magnitude = x.detach().abs()
+        if reference == "token_max":
+            return magnitude.amax(dim=2, keepdim=True)
+        if reference == "tensor_max":
+            return magnitude.amax(dim=2, keepdim=True).masked_fill(~valid, 0.0).amax(dim=1, keepdim=True)
+        if reference == "rms":
+            return x.detach().square().mean(dim=2, keepdim=True).sqrt()
+        return torch.ones((1, 1, 1), dtype=x.dtype, device=x.device)

@@ -1,0 +1,97 @@
+"""The append-only ledger of a study: one JSON row per line, each on disk before the work goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from aqn_tune.errors import UserError
+from aqn_tune.ledger.rows import CellRow, EvaluationRow, LedgerRow, SearchRow, TrainingRow
+
+_ROW: TypeAdapter[LedgerRow] = TypeAdapter(LedgerRow)
+
+
+class Ledger:
+    """Read and append the rows of one study. Only the driver writes; rows are never changed.
+
+    The last row of a training or of an evaluation (training x step x condition x scenario x split)
+    is the one that holds; earlier ones are history.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.trainings: dict[str, TrainingRow] = {}
+        self.evaluations: dict[tuple[str, int, str, str, str], EvaluationRow] = {}
+        self.cells: dict[tuple[str, int, str, str, int], CellRow] = {}
+        self.search: list[SearchRow] = []
+        for row in self._rows():
+            self._index(row)
+
+    def _rows(self) -> Iterator[LedgerRow]:
+        if not self.path.exists():
+            return
+        text = self.path.read_text(encoding="utf-8")
+        lines = text.splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
+            if number == len(lines) and not line.endswith("\n"):
+                return  # cut off while it was being written: the row was never promised
+            try:
+                yield _ROW.validate_json(line)
+            except ValidationError as error:
+                raise UserError(
+                    f"{self.path}, line {number}: not a ledger row ({error.errors()[0]['msg']}); "
+                    "the file was changed, or written by another version"
+                ) from None
+
+    def _index(self, row: LedgerRow) -> None:
+        if isinstance(row, TrainingRow):
+            self.trainings[row.training_key] = row
+        elif isinstance(row, EvaluationRow):
+            self.evaluations[evaluation_id(row)] = row
+        elif isinstance(row, CellRow):
+            key = (row.stage, row.generation, row.scenario, row.arm, row.replicate)
+            self.cells[key] = row
+        else:
+            self.search.append(row)
+
+    def append(self, rows: Iterable[LedgerRow]) -> None:
+        """Write `rows` and wait until they are on disk."""
+        rows = list(rows)
+        if not rows:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._cut_torn_line()
+        with self.path.open("a", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row.model_dump(mode="json"), allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        for row in rows:
+            self._index(row)
+
+    def _cut_torn_line(self) -> None:
+        if not self.path.exists():
+            return
+        with self.path.open("rb+") as file:
+            content_end = file.seek(0, os.SEEK_END)
+            if content_end == 0:
+                return
+            file.seek(content_end - 1)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+
+    def evaluation(
+        self, training_key: str, step: int, condition: str, scenario: str, split: str
+    ) -> EvaluationRow | None:
+        """Return one evaluation, None when it was not made."""
+        return self.evaluations.get((training_key, step, condition, scenario, split))
+
+
+def evaluation_id(row: EvaluationRow) -> tuple[str, int, str, str, str]:
+    """Return what identifies an evaluation: training, step, condition, scenario, split."""
+    return (row.training_key, row.step, row.condition, row.scenario, row.split)

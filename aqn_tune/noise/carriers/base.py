@@ -1,0 +1,37 @@
+"""What a carrier is: the quantity that the noise is added to."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+
+from aqn_tune.study.base import Spec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Noised(NamedTuple):
+    """A noised quantity and the noise that was put in, for the audit."""
+
+    values: Tensor
+    """The quantity with its noise, same shape as without."""
+    unit_noise: Tensor
+    """The noise per unit of the quantity that sigma scales, [K, ...]: its standard deviation must be sigma."""
+
+
+class CarrierSpec(Spec):
+    """A quantity that can carry AQN. Noise is functional: nothing is ever written into a parameter."""
+
+    site: ClassVar[Literal["layer_output", "norm_weight"]]
+    """Where the noise goes: the decoder layer's output, or the weights of its RMSNorms."""
+
+    @abstractmethod
+    def add(self, x: Tensor, sigma: Tensor, z: Tensor) -> Noised:
+        """Return `x` with noise.
+
+        Args:
+            x: layer_output: hidden states [K, N, D]; norm_weight: the weight [D].
+            sigma: Standard deviation of each replicate, float64 [K, 1, 1]; 0 changes no bit.
+            z: Standard normal draws, [K, N, D] or [K, 1, D], fresh at every optimiser step.
+        """

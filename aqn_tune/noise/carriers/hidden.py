@@ -1,0 +1,26 @@
+"""Noise on hidden states."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from aqn_tune.noise.carriers.base import CarrierSpec, Noised
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Hidden(CarrierSpec):
+    """Noise on the decoder layer's output, relative to each element: h + sigma * abs(h) * z.
+
+    It is added before any fault of that output (after a dead zone it would be useless), and abs(h)
+    is taken without gradient.
+    """
+
+    kind: Literal["hidden"] = "hidden"
+    site: ClassVar[Literal["layer_output", "norm_weight"]] = "layer_output"
+
+    def add(self, x: Tensor, sigma: Tensor, z: Tensor) -> Noised:
+        """Return h + sigma * abs(h) * z; see `CarrierSpec.add` for shapes."""
+        unit = z * sigma.to(x.dtype)
+        return Noised(x + unit * x.detach().abs(), unit)

@@ -1,0 +1,29 @@
+"""Noise on RMSNorm weights, as in QeRL."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from aqn_tune.noise.carriers.base import CarrierSpec, Noised
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class RmsnormWeight(CarrierSpec):
+    """Noise on the weights of every RMSNorm of a decoder layer: w + sigma * z (QeRL, arXiv 2510.11696).
+
+    QeRL puts it into the model that samples rollouts; here, in supervised fine-tuning, it acts in
+    the forward and backward pass of training.
+    """
+
+    kind: Literal["rmsnorm_weight"] = "rmsnorm_weight"
+    relative: bool = Field(False, description="Scale the noise by the weight: w * (1 + sigma * z).")
+    site: ClassVar[Literal["layer_output", "norm_weight"]] = "norm_weight"
+
+    def add(self, x: Tensor, sigma: Tensor, z: Tensor) -> Noised:
+        """Return the noised weight of each replicate, [K, 1, D]; see `CarrierSpec.add`."""
+        unit = z * sigma.to(x.dtype)
+        return Noised(x + (unit * x if self.relative else unit), unit)

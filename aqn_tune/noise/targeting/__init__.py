@@ -1,0 +1,28 @@
+"""Noise targetings: which layers get how much. A new one is one file and one line in `TARGETINGS`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from aqn_tune.noise.targeting.base import TargetingSpec as TargetingSpec
+from aqn_tune.noise.targeting.multipliers import Multipliers
+from aqn_tune.noise.targeting.subset import Healthy, Random, Targeted, Window
+from aqn_tune.noise.targeting.uniform import Global, NoTargeting
+
+TARGETINGS: dict[str, type[TargetingSpec]] = {
+    "none": NoTargeting,
+    "global": Global,
+    "targeted": Targeted,
+    "healthy": Healthy,
+    "multipliers": Multipliers,
+    "window": Window,
+    "random": Random,
+}
+
+Targeting = Annotated[
+    NoTargeting | Global | Targeted | Healthy | Multipliers | Window | Random,
+    Field(discriminator="kind"),
+]
+"""The targeting of a noise policy."""

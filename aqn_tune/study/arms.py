@@ -1,0 +1,74 @@
+"""Arms: named ways to train under a scenario, and the controls that always run."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from aqn_tune.noise.carriers import Carrier
+from aqn_tune.noise.carriers.hidden import Hidden
+from aqn_tune.noise.policy import NoisePolicy
+from aqn_tune.noise.schedules import Schedule
+from aqn_tune.noise.schedules.geometric import Geometric
+from aqn_tune.study.base import Spec
+
+ControlName = Literal["clean", "fault_only", "global", "targeted", "healthy", "random"]
+CONTROL_NAMES: tuple[ControlName, ...] = (
+    "clean", "fault_only", "global", "targeted", "healthy", "random",
+)  # fmt: skip
+
+
+class ArmSpec(Spec):
+    """A way to train: a noise policy, and what of the training it changes."""
+
+    noise: NoisePolicy | None = Field(None, description="The noise policy; null trains without noise.")
+    healthy_device: bool = Field(
+        False, description="Train without the scenario's faults whatever `during` says (the clean arm)."
+    )
+    learning_rate: float | None = Field(
+        None, gt=0, description="Learning rate in place of the training's own."
+    )
+    rank: int | None = Field(None, ge=1, description="LoRA rank in place of the training's own.")
+
+
+class ControlsSpec(Spec):
+    """The arms that run in every scenario, in search and in confirmation, and are never stopped."""
+
+    include: tuple[ControlName, ...] = Field(
+        CONTROL_NAMES, description="Controls to run; clean and fault_only are needed for every claim."
+    )
+    carrier: Carrier = Field(Hidden(), description="Carrier of the noise in the noised controls.")
+    schedule: Schedule = Field(Geometric(), description="Schedule of the noise in the noised controls.")
+    normalise: Literal["none", "energy"] = Field(
+        "none", description="energy gives every noised control the dose of global."
+    )
+
+    @field_validator("carrier", "schedule", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+    @field_validator("include")
+    @classmethod
+    def _needed(cls, include: tuple[ControlName, ...]) -> tuple[ControlName, ...]:
+        for name in ("clean", "fault_only"):
+            if name not in include:
+                raise ValueError(f"the control {name!r} is missing; every claim is measured against it")
+        return include
+
+    def arm(self, name: ControlName) -> ArmSpec:
+        """Return the arm that the control `name` stands for."""
+        if name == "clean":
+            return ArmSpec(healthy_device=True)
+        if name == "fault_only":
+            return ArmSpec()
+        policy = NoisePolicy.model_validate(
+            {
+                "carrier": self.carrier.model_dump(),
+                "schedule": self.schedule.model_dump(),
+                "targeting": {"kind": name},
+                "normalise": self.normalise,
+            }
+        )
+        return ArmSpec(noise=policy)

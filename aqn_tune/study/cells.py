@@ -1,0 +1,251 @@
+"""From a study to its cells and packs: which run stands for which arm, scenario and replicate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from aqn_tune.errors import UserError
+from aqn_tune.noise.targeting.uniform import Global, NoTargeting
+from aqn_tune.study.arms import ArmSpec
+from aqn_tune.study.runs import Condition, Pack, Run, Setting, Split, pack_key
+from aqn_tune.study.scenario import Scenario
+from aqn_tune.study.schema import Study
+from aqn_tune.study.seeds import Stage, replicate_seed
+from aqn_tune.study.space import Params, arm_of
+from aqn_tune.study.training import Full, TrainingSpec
+
+
+class Cell(NamedTuple):
+    """One arm x scenario x replicate, and the training that gives it its numbers."""
+
+    stage: Stage
+    scenario: str
+    arm: str
+    config: str
+    replicate: int
+    run: Run
+    training_key: str
+
+
+class NotAvailable(NamedTuple):
+    """An arm that cannot exist in a scenario, and why."""
+
+    scenario: str
+    arm: str
+    reason: str
+
+
+class Finalist(NamedTuple):
+    """A config that goes to the confirmation."""
+
+    scenario: str
+    rank: int
+    """1 for the best."""
+    config: str
+    params: Params
+
+
+class ArmCells(NamedTuple):
+    """The cells of a stage, and the arms that cannot exist."""
+
+    cells: tuple[Cell, ...]
+    missing: tuple[NotAvailable, ...]
+
+
+def training_of(study: Study, arm: ArmSpec) -> TrainingSpec:
+    """Return the study's training with what `arm` changes of it."""
+    changes: dict[str, object] = {}
+    if arm.learning_rate is not None:
+        changes["learning_rate"] = arm.learning_rate
+    if arm.rank is not None:
+        if isinstance(study.training.method, Full):
+            raise UserError("rank: full fine-tuning has no rank; remove it, or train with method lora")
+        changes["method"] = study.training.method.model_copy(update={"rank": arm.rank})
+    return study.training.model_copy(update=changes)
+
+
+def conditions_of(scenario: Scenario) -> tuple[Condition, ...]:
+    """Return the two conditions of a scenario: clean, and faulty under its deployed faults."""
+    return (
+        Condition(name="clean"),
+        Condition(name="faulty", scenario=scenario.name, faults=scenario.spec.deployed()),
+    )
+
+
+def resolve_run(
+    study: Study, scenario: Scenario, arm: ArmSpec, *, seed: int, layer_count: int
+) -> Run:
+    """Return the run of `arm` under `scenario` with one replicate seed.
+
+    Raises UserError when the arm cannot exist there (healthy when every layer is faulty).
+    """
+    training = training_of(study, arm)
+    noise = None
+    if arm.noise is not None:
+        noise = arm.noise.resolve(
+            steps=training.steps,
+            layer_count=layer_count,
+            fault_layers=scenario.spec.fault_layers(layer_count),
+        )
+    return Run(
+        training=training,
+        faults=() if arm.healthy_device else scenario.spec.trained(),
+        noise=noise,
+        seed=seed,
+        conditions=conditions_of(scenario),
+    )
+
+
+def twin(arm: ArmSpec, targeting: str) -> ArmSpec | None:
+    """Return `arm` with another targeting and nothing else changed; None when it has no noise to target."""
+    if targeting == "none":
+        return arm.model_copy(update={"noise": None})
+    if arm.noise is None:
+        return None
+    chosen = {"global": Global(), "none": NoTargeting()}[targeting]
+    return arm.model_copy(update={"noise": arm.noise.model_copy(update={"targeting": chosen})})
+
+
+def named_arms(study: Study) -> dict[str, ArmSpec]:
+    """Return the controls and the study's own arms by name, controls first."""
+    controls = {str(name): study.controls.arm(name) for name in study.controls.include}
+    return {**controls, **study.arms}
+
+
+def finalist_arms(finalists: Iterable[Finalist]) -> dict[str, ArmSpec | None]:
+    """Return the arms that the finalists of one scenario bring: each with its two twins."""
+    arms: dict[str, ArmSpec | None] = {}
+    for finalist in finalists:
+        arm = arm_of(finalist.params)
+        name = f"finalist{finalist.rank}"
+        arms[name] = arm
+        arms[f"{name}_none"] = twin(arm, "none")
+        arms[f"{name}_global"] = twin(arm, "global")
+    return arms
+
+
+def stage_cells(
+    study: Study,
+    setting: Setting,
+    scenarios: Sequence[Scenario],
+    *,
+    stage: Stage,
+    layer_count: int,
+    finalists: Sequence[Finalist] = (),
+) -> ArmCells:
+    """Return the cells of the arms that are known before a stage starts, replicate by replicate.
+
+    All arms of replicate i come before replicate i + 1, so that an interrupted stage is balanced.
+    """
+    replicates = study.confirm.replicates
+    generation = study.confirm.generation
+    if stage == "search":
+        replicates, generation = (study.search.replicates if study.search else 0), 0
+    cells: list[Cell] = []
+    missing: dict[tuple[str, str], NotAvailable] = {}
+    for replicate in range(replicates):
+        seed = replicate_seed(study.seed, stage, replicate, generation=generation)
+        for scenario in scenarios:
+            own = [f for f in finalists if f.scenario == scenario.name]
+            configs = {f"finalist{f.rank}": f.config for f in own}
+            for name, arm in {**named_arms(study), **finalist_arms(own)}.items():
+                try:
+                    if arm is None:
+                        raise UserError("the finalist trains without noise, there is none to target")
+                    run = resolve_run(study, scenario, arm, seed=seed, layer_count=layer_count)
+                except UserError as error:
+                    if name in study.arms:
+                        raise UserError(f"arms.{name}: {error}") from None
+                    missing[scenario.name, name] = NotAvailable(scenario.name, name, str(error))
+                    continue
+                key = run.training_key(setting)
+                config = configs.get(name, "")
+                cells.append(Cell(stage, scenario.name, name, config, replicate, run, key))
+    return ArmCells(tuple(cells), tuple(missing.values()))
+
+
+def config_cells(
+    study: Study,
+    setting: Setting,
+    scenario: Scenario,
+    *,
+    config: str,
+    params: Params,
+    layer_count: int,
+) -> tuple[Cell, ...]:
+    """Return the cells of one config of the search, one per search replicate."""
+    if study.search is None:
+        raise ValueError("the study has no search")
+    arm = arm_of(params)
+    cells = []
+    for replicate in range(study.search.replicates):
+        seed = replicate_seed(study.seed, "search", replicate)
+        run = resolve_run(study, scenario, arm, seed=seed, layer_count=layer_count)
+        key = run.training_key(setting)
+        cells.append(Cell("search", scenario.name, config, config, replicate, run, key))
+    return tuple(cells)
+
+
+def unique_runs(cells: Iterable[Cell]) -> dict[str, Run]:
+    """Return one run per training key, in order, evaluated under the conditions of all its cells.
+
+    This is what trains nothing twice: the clean arm, and every arm of every `during: eval` scenario,
+    are one training with many evaluations.
+    """
+    runs: dict[str, Run] = {}
+    for cell in cells:
+        known = runs.get(cell.training_key)
+        if known is None:
+            runs[cell.training_key] = cell.run
+            continue
+        added = tuple(c for c in cell.run.conditions if c not in known.conditions)
+        if added:
+            conditions = known.conditions + added
+            runs[cell.training_key] = known.model_copy(update={"conditions": conditions})
+    return runs
+
+
+def make_packs(
+    runs: Mapping[str, Run],
+    *,
+    stage: Stage,
+    prefix: str,
+    size: int,
+    rungs: tuple[int, ...],
+    split: Split,
+    export: Mapping[str, str] | None = None,
+) -> tuple[Pack, ...]:
+    """Group runs into packs of at most `size` runs of equal pack key, keeping their order.
+
+    `export` maps training keys to the folder that receives their adapter.
+    """
+    open_packs: dict[str, list[Run]] = {}
+    groups: list[list[Run]] = []
+    for run in runs.values():
+        key = pack_key(run)
+        group = open_packs.get(key)
+        if group is None or len(group) >= size:
+            group = open_packs[key] = []
+            groups.append(group)
+        group.append(run)
+    wanted = export or {}
+    keys = {id(run): key for key, run in runs.items()}
+    packs = []
+    for number, group in enumerate(groups):
+        exports = {keys[id(run)]: wanted[keys[id(run)]] for run in group if keys[id(run)] in wanted}
+        name = f"{prefix}{number:03d}"
+        packs.append(
+            Pack(name=name, stage=stage, runs=tuple(group), rungs=rungs, split=split, export=exports)
+        )
+    return tuple(packs)
+
+
+def base_pack(run: Run, scenarios: Sequence[Scenario], *, stage: Stage, split: Split) -> Pack:
+    """Return the pack that evaluates the untrained base under every condition of the study."""
+    conditions: dict[str, Condition] = {}
+    for scenario in scenarios:
+        for condition in conditions_of(scenario):
+            conditions[f"{condition.name} {condition.scenario}"] = condition
+    base = run.model_copy(update={"conditions": tuple(conditions.values())})
+    return Pack(name="base", stage=stage, runs=(base,), rungs=(0,), split=split)

@@ -1,0 +1,99 @@
+"""The unit of work: a run, its identity, and the pack of runs that advance in lockstep."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from aqn_tune.faults import Fault
+from aqn_tune.models.spec import ModelSpec
+from aqn_tune.noise.policy import EffectiveNoise
+from aqn_tune.study.base import Spec
+from aqn_tune.study.keys import content_hash
+from aqn_tune.study.seeds import Stage
+from aqn_tune.study.training import TrainingSpec
+from aqn_tune.tasks import Task
+
+Split = Literal["validation", "test"]
+ConditionName = Literal["clean", "faulty"]
+TRAINING_FORMAT = 1
+"""Part of every training key: raised when the same specification would train differently."""
+
+
+class Condition(Spec):
+    """What an evaluation runs under. Training noise is off in every one."""
+
+    name: ConditionName = Field(description="clean: no fault; faulty: the scenario's deployed faults.")
+    scenario: str = Field("", description="Scenario whose faults act; empty for clean.")
+    faults: tuple[Fault, ...] = Field((), description="The faults that act during the evaluation.")
+
+
+class Setting(Spec):
+    """What all runs of a study share: the model, the task and how they are evaluated."""
+
+    model: ModelSpec = Field(description="The model to fine-tune.")
+    task: Task = Field(description="The data.")
+    model_fingerprint: str = Field(description="Content hash of the model's files.")
+    eval_batch_size: int = Field(64, description="Rows per evaluation batch; part of a tensor_max fault.")
+
+
+class Run(Spec):
+    """One training (config x seed) and the conditions it is evaluated under."""
+
+    training: TrainingSpec = Field(description="Method, size and optimiser.")
+    faults: tuple[Fault, ...] = Field((), description="The faults that training sees.")
+    noise: EffectiveNoise | None = Field(None, description="The noise that training gets.")
+    seed: int = Field(description="Replicate seed: initialisation, data order, fault and noise draws.")
+    conditions: tuple[Condition, ...] = Field(
+        description="Conditions to evaluate at every rung; the first is clean."
+    )
+
+    def training_key(self, setting: Setting) -> str:
+        """Return the identity of the training: everything that training sees, nothing else.
+
+        Arms, scenarios and stages are names and do not enter, so equal trainings are found equal
+        whatever they are called; the conditions do not enter because evaluation changes nothing.
+        """
+        return content_hash(
+            {
+                "format": TRAINING_FORMAT,
+                "model": setting.model_fingerprint,
+                "dtype": setting.model.dtype,
+                "task": setting.task,
+                "training": self.training,
+                "faults": self.faults,
+                "noise": self.noise,
+                "seed": self.seed,
+            }
+        )
+
+
+class Pack(Spec):
+    """Runs that advance in lockstep in one trial, from rung to rung."""
+
+    name: str = Field(description="Unique in its stage; names the trial and its state file.")
+    stage: Stage = Field(description="search or confirm.")
+    runs: tuple[Run, ...] = Field(min_length=1, description="Runs of equal `pack_key`.")
+    rungs: tuple[int, ...] = Field(
+        min_length=1, description="Steps at which all runs are evaluated, increasing; 0 is the untrained base."
+    )
+    split: Split = Field(description="validation in search, test in confirm.")
+    export: dict[str, str] = Field(
+        default_factory=dict,
+        description="Training keys to export at the last rung, each with its adapter folder.",
+    )
+
+
+def pack_key(run: Run) -> str:
+    """Return what must be equal for runs to share a pack: whatever changes shapes or a static branch.
+
+    Seeds, noise levels, targetings, fault thresholds and learning rates may differ inside a pack.
+    """
+    free = {"learning_rate", "weight_decay", "max_grad_norm"}
+    return content_hash(
+        {
+            "training": run.training.model_dump(mode="json", exclude=free),
+            "full": run.seed if run.training.method.kind == "full" else None,
+        }
+    )

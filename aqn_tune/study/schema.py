@@ -1,0 +1,156 @@
+"""The study: everything a user declares, in one YAML file."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from aqn_tune.models.spec import ModelSpec
+from aqn_tune.study.arms import CONTROL_NAMES, ArmSpec, ControlsSpec
+from aqn_tune.study.base import Spec
+from aqn_tune.study.scenario import ScenarioSpec
+from aqn_tune.study.space import SpaceSpec
+from aqn_tune.study.training import TrainingSpec
+from aqn_tune.tasks import Task
+from aqn_tune.tasks.word_problems import WordProblems
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
+
+
+class SearchSpec(Spec):
+    """The exploration: one Optuna study and one ASHA rung table per scenario. It makes no claims."""
+
+    space: SpaceSpec = Field(description="The search space; in YAML also the path of a file that holds it.")
+    configs: int = Field(16, ge=0, description="Configs to try per scenario, beside the controls; 0: no search.")
+    replicates: int = Field(3, ge=1, description="Search seeds per config, the same at every rung.")
+    rungs: tuple[float, ...] = Field(
+        (0.25, 0.5, 1.0),
+        min_length=1,
+        description="Shares of the steps at which ASHA decides; the last is 1.",
+    )
+    reduction_factor: float = Field(2.0, gt=1, description="ASHA keeps one in this many at each rung.")
+    startup_configs: int = Field(4, ge=0, description="Configs sampled at random before TPE begins.")
+
+    @field_validator("rungs")
+    @classmethod
+    def _rising(cls, rungs: tuple[float, ...]) -> tuple[float, ...]:
+        if list(rungs) != sorted(set(rungs)) or rungs[0] <= 0 or rungs[-1] != 1.0:
+            raise ValueError(f"got {list(rungs)}; rungs rise from above 0 and end at 1")
+        return rungs
+
+
+class ConfirmSpec(Spec):
+    """The confirmation: finalists and controls on fresh seeds. The only stage that makes claims."""
+
+    finalists: int = Field(2, ge=0, description="Best configs of each scenario that are confirmed.")
+    replicates: int = Field(
+        8, ge=6, description="Fresh seeds; below 6 the exact paired test cannot reach p = 0.05."
+    )
+    alpha: float = Field(0.05, gt=0, lt=1, description="Familywise error rate of the whole study.")
+    margin: float = Field(
+        0.05, gt=0, description="Smallest difference worth acting on, as a share of the gain G."
+    )
+    power: float = Field(0.8, gt=0, lt=1, description="Power at which the detectable effect is stated.")
+    contrasts: tuple[tuple[str, str], ...] = Field(
+        (
+            ("finalist1", "finalist1_none"),
+            ("global", "fault_only"),
+            ("targeted", "fault_only"),
+            ("targeted", "global"),
+        ),
+        description="Primary contrasts (arm, reference) in every scenario: the declared family.",
+    )
+    generation: int = Field(
+        0, ge=0, description="Generation of confirm seeds; raise it to confirm afresh after seeing results."
+    )
+    export: Literal["finalists", "all", "none"] = Field(
+        "finalists", description="Which confirmed adapters are exported as PEFT folders."
+    )
+
+
+class ComputeSpec(Spec):
+    """Where and how the work runs. Changes no number."""
+
+    workers: int | Literal["auto"] = Field("auto", description="Trials at a time; auto: one per CPU core.")
+    pack_replicas: int = Field(8, ge=1, description="Most runs that advance in lockstep in one trial.")
+    cpus_per_worker: float = Field(1.0, gt=0, description="CPUs that Ray reserves per trial.")
+    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs that Ray reserves per trial.")
+    address: str | None = Field(None, description="Ray cluster to join; null starts Ray on this machine.")
+    max_failures: int = Field(2, ge=0, description="Times a trial is retried when its worker dies.")
+
+
+class DecisionRow(Spec):
+    """One row of the decision matrix."""
+
+    when: tuple[str | tuple[str, ...], ...] = Field(
+        description="One verdict per contrast of `contrasts`: >, <, ~, ?, any, or a list of them."
+    )
+    say: str = Field(description="The conclusion.")
+
+
+class DecisionSpec(Spec):
+    """The decision matrix: what the verdicts of a scenario mean, said before they are known."""
+
+    contrasts: tuple[tuple[str, str], ...] = Field(
+        min_length=1, description="The contrasts whose verdicts are read, each a primary contrast."
+    )
+    rows: tuple[DecisionRow, ...] = Field(
+        min_length=1, description="First match wins; a missing or unreachable row is an error."
+    )
+
+
+class Study(Spec):
+    """A study: scenarios, arms, a search and a confirmation."""
+
+    study: Name = Field(description="Name of the study; results go to <output>/<study>-<hash>.")
+    description: str = Field("", description="What is asked, in a sentence or two.")
+    seed: int = Field(0, ge=0, description="Study seed; every random draw derives from it.")
+    model: ModelSpec = Field(ModelSpec(), description="The model to fine-tune.")
+    task: Task = Field(WordProblems(), description="The data.")
+    training: TrainingSpec = Field(TrainingSpec(), description="How every arm is trained.")
+    eval_batch_size: int = Field(64, ge=1, description="Rows per evaluation batch; part of a tensor_max fault.")
+    scenario: ScenarioSpec = Field(description="What the hardware does.")
+    sweep: dict[str, tuple[Any, ...]] = Field(
+        default_factory=dict,
+        description="Dotted keys of `scenario` and the values they take; every combination is a scenario.",
+    )
+    controls: ControlsSpec = Field(ControlsSpec(), description="Arms that always run.")
+    arms: dict[Name, ArmSpec] = Field(default_factory=dict, description="Further arms, confirmed like controls.")
+    search: SearchSpec | None = Field(None, description="The exploration; null goes straight to confirmation.")
+    confirm: ConfirmSpec = Field(ConfirmSpec(), description="The confirmation.")
+    decisions: DecisionSpec | None = Field(None, description="What the verdicts mean.")
+    compute: ComputeSpec = Field(ComputeSpec(), description="Where it runs; enters no identity.")
+    output: str = Field("runs", description="Folder that receives the study's folder.")
+
+    @model_validator(mode="after")
+    def _names(self) -> Study:
+        for name in self.arms:
+            if name in CONTROL_NAMES or name.startswith(("finalist", "c0")):
+                raise ValueError(f"arms.{name}: the name is taken by a control or a finalist")
+        known = self.arm_names()
+        for arm, reference in self.confirm.contrasts:
+            for name in (arm, reference):
+                if name not in known and not name.startswith("finalist"):
+                    from aqn_tune.errors import nearest
+
+                    raise ValueError(
+                        f"confirm.contrasts: unknown arm {name!r}{nearest(name, known)}; "
+                        f"allowed are {', '.join(known)}"
+                    )
+        return self
+
+    def finalist_count(self) -> int:
+        """Return how many finalists each scenario brings to the confirmation."""
+        return min(self.confirm.finalists, self.search.configs) if self.search else 0
+
+    def arm_names(self) -> tuple[str, ...]:
+        """Return every arm of the confirmation: controls, own arms, finalists and their twins."""
+        finalists = [f"finalist{i + 1}" for i in range(self.finalist_count())]
+        twins = [f"{name}_{twin}" for name in finalists for twin in ("none", "global")]
+        return (*self.controls.include, *self.arms, *finalists, *twins)
+
+    def primary_contrasts(self) -> tuple[tuple[str, str], ...]:
+        """Return the declared contrasts whose arms exist in this study (a study without a search has no finalist)."""
+        names = set(self.arm_names())
+        return tuple(pair for pair in self.confirm.contrasts if names.issuperset(pair))

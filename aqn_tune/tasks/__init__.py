@@ -1,0 +1,29 @@
+"""Tasks: where the rows come from, how they become prompts and answers, which row is in which split.
+
+A new task is one file with a :class:`TaskSpec` and one line in :data:`TASKS`.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from aqn_tune.tasks.base import Example, Splits, TaskSpec, completion, extract_answer, prompt
+from aqn_tune.tasks.jsonl import Jsonl
+from aqn_tune.tasks.word_problems import WordProblems
+
+__all__ = [
+    "TASKS",
+    "Example",
+    "Jsonl",
+    "Splits",
+    "TaskSpec",
+    "WordProblems",
+    "completion",
+    "extract_answer",
+    "prompt",
+]
+
+TASKS: Final[dict[str, type[TaskSpec]]] = {
+    "word_problems": WordProblems,
+    "jsonl": Jsonl,
+}
