@@ -21,6 +21,14 @@ class TrainingFailed(Exception):
     """
 
 
+class Interrupted(Exception):
+    """The user or the machine asked the work to end (SIGINT, SIGTERM).
+
+    Everything reported by then is in the ledger; running the same study again continues from there.
+    The command line exits with code 130.
+    """
+
+
 def nearest(got: str, allowed: Iterable[str]) -> str:
     """Return `", did you mean 'x'?"` for the closest allowed name, or `""` when none is close."""
     matches = difflib.get_close_matches(str(got), [str(name) for name in allowed], n=1, cutoff=0.5)

@@ -101,6 +101,14 @@ def test_a_larger_family_needs_stronger_evidence() -> None:
     assert among.low < alone.low
 
 
+@pytest.mark.parametrize("m", [1, 12])
+def test_the_seeds_of_an_inconclusive_verdict_count_the_family(m: int) -> None:
+    judged = judge({f"c{i}": contrast(0.1, 1.0) for i in range(m)}, margin=0.5)[0]
+    assert judged.seeds_needed == seeds_needed(1.0, margin=0.5, alpha_over_m=0.05 / m)
+    assert judged.seeds_needed is not None
+    assert judged.further_seeds == judged.seeds_needed - N
+
+
 def test_holm_takes_the_paired_t_p_values_in_the_order_given() -> None:
     family = {"a": contrast(0.9, 1.0), "b": contrast(3.0, 1.0), "c": contrast(-1.1, 1.0)}
     judged = judge(family, margin=0.1)
@@ -224,6 +232,15 @@ def test_seeds_needed_is_the_smallest_number_that_suffices(margin_in_sd: float, 
     assert not enough(n - 1)
     assert further_seeds(2.0, 3, margin=2.0 * margin_in_sd, alpha_over_m=0.05 / m) == n - 3
     assert further_seeds(2.0, 999, margin=2.0 * margin_in_sd, alpha_over_m=0.05 / m) == 0
+
+
+@pytest.mark.parametrize(("n", "margin_in_sd"), [(8, 1.2), (12, 0.9), (40, 0.5)])
+def test_equivalence_power_is_a_tight_lower_bound(n: int, margin_in_sd: float) -> None:
+    rng = np.random.default_rng(n)
+    d = rng.normal(size=(20_000, n))
+    half = stats.t.ppf(0.95, n - 1) * d.std(axis=1, ddof=1) / math.sqrt(n)
+    rate = float((np.abs(d.mean(axis=1)) + half < margin_in_sd).mean())
+    assert equivalence_power(n, margin_in_sd, 0.05) == pytest.approx(rate, abs=0.012)
 
 
 def test_seeds_needed_keeps_its_promise() -> None:

@@ -1,6 +1,7 @@
 """Statistics and verdicts. Reads only the ledger; knows neither torch nor Ray.
 
-Pure functions on numbers: a paired contrast (`contrasts`), corrections for a family of them
+`assemble` turns ledger rows into the evidence on what was `declared`. Below it, pure functions on
+numbers: a paired contrast (`contrasts`), corrections for a family of them
 (`correction`), power (`power`), the four verdicts (`verdicts`), fault regimes and recovery
 (`regimes`), the agreed conclusions (`decisions`). Losses go in, smaller is better; an improvement
 is reference - arm, so positive means that the arm is better.

@@ -71,8 +71,8 @@ class Tables:
     Where the same thing was recorded twice (a study that was continued), the later row counts.
 
     Raises:
-        ValueError: a search seed among the confirm seeds, or one replicate of a stage and generation
-            with two seeds. Either would make every verdict of the study worthless.
+        ValueError: a search seed among the confirm seeds, or one replicate of a stage and
+            generation with two seeds. Either would make every verdict of the study worthless.
     """
 
     def __init__(self, rows: Iterable[LedgerRow]) -> None:
@@ -139,7 +139,7 @@ class Tables:
     def cells(
         self, stage: Stage, scenario: str, arm: str, *, replicates: int, generation: int = 0
     ) -> tuple[CellResult, ...]:
-        """Return the results of replicates 0 .. `replicates` - 1 of an arm, the missing ones too."""
+        """Return the results of the first `replicates` seeds of an arm, the missing ones too."""
         rows = self._cells.get((stage, generation, scenario, arm), {})
         split: Split = "validation" if stage == "search" else "test"
         return tuple(self._result(index, rows.get(index), split) for index in range(replicates))
@@ -160,8 +160,8 @@ class Tables:
             return without_loss("not finished")
         if training.status == "failed":
             return without_loss(training.error or "failed", failed=True)
-        if training.status == "stopped":
-            return without_loss(f"stopped at step {training.step_reached}")
+        if training.status == "unfinished":
+            return without_loss(f"unfinished at step {training.step_reached}")
         clean = self._final.get(_EvaluationKey(cell.training_key, "clean", "", split))
         faulty = self._final.get(_EvaluationKey(cell.training_key, "faulty", cell.scenario, split))
         if faulty is None or clean is None:

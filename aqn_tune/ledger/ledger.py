@@ -25,6 +25,7 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.trainings: dict[str, TrainingRow] = {}
+        self.rungs: dict[tuple[str, int], TrainingRow] = {}
         self.evaluations: dict[tuple[str, int, str, str, str], EvaluationRow] = {}
         self.cells: dict[tuple[str, int, str, str, int], CellRow] = {}
         self.search: list[SearchRow] = []
@@ -50,6 +51,7 @@ class Ledger:
     def _index(self, row: LedgerRow) -> None:
         if isinstance(row, TrainingRow):
             self.trainings[row.training_key] = row
+            self.rungs[row.training_key, row.step_reached] = row
         elif isinstance(row, EvaluationRow):
             self.evaluations[evaluation_id(row)] = row
         elif isinstance(row, CellRow):

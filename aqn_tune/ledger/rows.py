@@ -18,7 +18,9 @@ class FaultMeasure(Spec):
     calls: int = Field(description="Forward calls in which the fault acted.")
     sites: int = Field(description="Modules that hold the fault.")
     affected_fraction: float = Field(description="Share of the values that the unit changed, padding excluded.")
-    relative_error: float = Field(description="||delta|| / ||x|| over all calls.")
+    relative_error: float | None = Field(
+        description="||delta|| / ||x|| over all calls; null when not finite."
+    )
 
 
 class EvaluationRow(Spec):
@@ -38,12 +40,12 @@ class EvaluationRow(Spec):
 
 
 class NoiseMeasure(Spec):
-    """The realised-noise audit of one layer at one audited step."""
+    """The realised-noise audit of one layer, pooled over the audited steps (one per stage)."""
 
     layer: int = Field(description="Decoder layer.")
-    step: int = Field(description="Optimiser step, from 0.")
-    scheduled: float = Field(description="sigma * multiplier, as scheduled.")
-    realised: float = Field(description="Standard deviation measured on the injected noise.")
+    looks: int = Field(description="Number of measurements.")
+    scheduled: float = Field(description="Root mean square of sigma * multiplier at those steps.")
+    realised: float = Field(description="Root mean square of the noise measured there.")
     draws: int = Field(description="Number of normal draws measured.")
 
 
@@ -111,6 +113,7 @@ class SearchRow(Spec):
     value: float | None = Field(
         None, description="Mean faulty validation loss over the replicates (rung); null when not finite."
     )
+    error: str = Field("", description="Why it failed (failed).")
 
 
 LedgerRow = Annotated[

@@ -119,7 +119,12 @@ def _load_saved_tokenizer(folder: Path) -> Any:
 def _save_weights(model: Any, folder: Path) -> None:
     import torch
 
-    model.to(torch.bfloat16).save_pretrained(folder)
+    from aqn_tune.models.load import no_progress_bars
+
+    with no_progress_bars():
+        model.to(torch.bfloat16).save_pretrained(folder)
+    # safetensors writes files only their owner may read; a package is read by everybody.
+    (folder / "model.safetensors").chmod(0o644)
 
 
 def _progress(

@@ -6,7 +6,8 @@ shared object store, mapped read-only by every worker, and copied into each mode
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from aqn_tune.errors import UserError
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-__all__ = ["base_arrays", "build_model", "decoder_layers", "load_tokenizer"]
+__all__ = ["base_arrays", "build_model", "decoder_layers", "load_tokenizer", "no_progress_bars"]
 
 
 def load_tokenizer(spec: ModelSpec) -> Any:
@@ -52,26 +53,25 @@ def base_arrays(spec: ModelSpec) -> dict[str, np.ndarray]:
 
     folder = model_folder(spec)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, spec.dtype),
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
+        with no_progress_bars():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, spec.dtype),
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+            )
     except (OSError, ValueError) as error:
         raise _unreadable(spec, "causal language model", error) from error
     return {name: _to_numpy(tensor) for name, tensor in _stored_tensors(model).items()}
 
 
-def build_model(
-    spec: ModelSpec, arrays: Mapping[str, np.ndarray] | None = None
-) -> PreTrainedModel:
+def build_model(spec: ModelSpec, arrays: Mapping[str, np.ndarray] | None = None) -> PreTrainedModel:
     """Return a model with the base weights: eval mode, nothing trainable, no cache.
 
     ``arrays`` come from :func:`base_arrays` of the same spec and may be read-only; they are copied,
     so a model may be trained without touching them. Without them the folder is read. No global
-    random state is moved.
+    random state is moved. ``generate`` is told ``use_cache=True`` where it should be fast.
 
     Raises :class:`aqn_tune.errors.UserError` as the two functions above do, and ``ValueError``
     where the arrays are not exactly the tensors of this model.
@@ -122,6 +122,20 @@ def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
             f"ModuleList with num_hidden_layers = {count} alike modules, found {candidates}"
         )
     return next(iter(found.values()))
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing its progress bars, which would tear through a live display."""
+    from transformers.utils import logging
+
+    were_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_on:
+            logging.enable_progress_bar()
 
 
 def _stored_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

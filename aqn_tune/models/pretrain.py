@@ -52,7 +52,11 @@ class Recipe(BaseModel):
     intermediate: int = Field(default=128, ge=8, description="Width inside the MLP.")
     heads: int = Field(default=2, ge=1, description="Attention heads.")
     key_value_heads: int = Field(default=1, ge=1, description="Key and value heads.")
-    vocabulary: int = Field(default=384, ge=258, description="Tokens: 2 marks, 256 bytes, merges.")
+    vocabulary: int = Field(
+        default=384,
+        ge=258,
+        description="Rows of the embedding: 2 marks, 256 bytes, merges while any pair is left.",
+    )
     initializer_range: float = Field(default=0.08, gt=0, description="Std of initial weights.")
     batch: int = Field(default=32, ge=1, description="Rows per step.")
     length: int = Field(default=64, ge=8, description="Tokens that every row must fit into.")
@@ -68,7 +72,7 @@ class Recipe(BaseModel):
                 finetuning_share=0.0,
             ),
             Phase(
-                steps=160,
+                steps=120,
                 learning_rate=1e-3,
                 warmup_steps=0,
                 decay_steps=1600,

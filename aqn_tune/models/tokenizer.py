@@ -21,8 +21,9 @@ PADDING: Final = "<|pad|>"
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
-    """Train a tokenizer of ``vocabulary`` entries: two marks, 256 bytes, the rest merges.
+    """Train a tokenizer of up to ``vocabulary`` entries: two marks, 256 bytes, the rest merges.
 
+    It has fewer entries where every word of ``texts`` has become one token before that.
     Any text encodes and decodes back to its NFC form; digits are always single tokens. Ids of
     the marks: end of text 0, padding 1.
     """
@@ -30,14 +31,14 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()  # type: ignore[assignment]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated", invert=False),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
         special_tokens=[END_OF_TEXT, PADDING],

@@ -1,11 +1,13 @@
-"""Tasks: where the rows come from, how they become prompts and answers, which row is in which split.
+"""Tasks: where rows come from, how they become prompt and answer, which split each is in.
 
 A new task is one file with a :class:`TaskSpec` and one line in :data:`TASKS`.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final
+
+from pydantic import Field
 
 from aqn_tune.tasks.base import Example, Splits, TaskSpec, completion, extract_answer, prompt
 from aqn_tune.tasks.jsonl import Jsonl
@@ -16,6 +18,7 @@ __all__ = [
     "Example",
     "Jsonl",
     "Splits",
+    "Task",
     "TaskSpec",
     "WordProblems",
     "completion",
@@ -27,3 +30,6 @@ TASKS: Final[dict[str, type[TaskSpec]]] = {
     "word_problems": WordProblems,
     "jsonl": Jsonl,
 }
+
+Task = Annotated[WordProblems | Jsonl, Field(discriminator="kind")]
+"""The `task` of a study."""

@@ -32,9 +32,7 @@ class _Step(NamedTuple):
     value: int
 
 
-def _take_step(
-    rng: Random, operation: Operation, value: int, largest_total: int
-) -> _Step | None:
+def _take_step(rng: Random, operation: Operation, value: int, largest_total: int) -> _Step | None:
     operand = rng.randint(SMALLEST_OPERAND, LARGEST_OPERAND)
     sentence = rng.choice(SENTENCES[operation]).format(n=operand)
     if operation == "add":
@@ -52,9 +50,7 @@ def _take_step(
     return _Step(sentence, f"{equation}={result}", result)
 
 
-def draw_example(
-    rng: Random, operations: tuple[Operation, ...], largest_total: int
-) -> Example:
+def draw_example(rng: Random, operations: tuple[Operation, ...], largest_total: int) -> Example:
     """Draw one word problem from ``rng``.
 
     One step in a third of the rows, two in the others, each operation equally likely at each step.

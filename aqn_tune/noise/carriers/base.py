@@ -12,12 +12,13 @@ if TYPE_CHECKING:
 
 
 class Noised(NamedTuple):
-    """A noised quantity and the noise that was put in, for the audit."""
+    """A noised quantity, and the scale its noise is measured in."""
 
     values: Tensor
     """The quantity with its noise, same shape as without."""
-    unit_noise: Tensor
-    """The noise per unit of the quantity that sigma scales, [K, ...]: its standard deviation must be sigma."""
+    scale: Tensor
+    """What sigma is relative to, broadcastable to `values`: (values - x) / scale must have a standard
+    deviation of sigma wherever scale is not 0."""
 
 
 class CarrierSpec(Spec):

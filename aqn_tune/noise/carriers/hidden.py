@@ -22,5 +22,5 @@ class Hidden(CarrierSpec):
 
     def add(self, x: Tensor, sigma: Tensor, z: Tensor) -> Noised:
         """Return h + sigma * abs(h) * z; see `CarrierSpec.add` for shapes."""
-        unit = z * sigma.to(x.dtype)
-        return Noised(x + unit * x.detach().abs(), unit)
+        scale = x.detach().abs()
+        return Noised(x + z * sigma.to(x.dtype) * scale, scale)

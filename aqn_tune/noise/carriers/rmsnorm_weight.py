@@ -20,10 +20,12 @@ class RmsnormWeight(CarrierSpec):
     """
 
     kind: Literal["rmsnorm_weight"] = "rmsnorm_weight"
-    relative: bool = Field(False, description="Scale the noise by the weight: w * (1 + sigma * z).")
+    relative: bool = Field(False, description="Scale the noise by the weight: w + sigma * abs(w) * z.")
     site: ClassVar[Literal["layer_output", "norm_weight"]] = "norm_weight"
 
     def add(self, x: Tensor, sigma: Tensor, z: Tensor) -> Noised:
         """Return the noised weight of each replicate, [K, 1, D]; see `CarrierSpec.add`."""
-        unit = z * sigma.to(x.dtype)
-        return Noised(x + (unit * x if self.relative else unit), unit)
+        import torch
+
+        scale = x.detach().abs() if self.relative else torch.ones_like(x)
+        return Noised(x + z * sigma.to(x.dtype) * scale, scale)

@@ -1,0 +1,129 @@
+"""`aqn-tune plan`: what a study will do, what it will cost and what it can detect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from aqn_tune.cli.options import Json, Overrides, StudyFile
+from aqn_tune.cli.output import console, duration, print_json, size, table
+from aqn_tune.study.loading import load_study
+from aqn_tune.study.plan import Plan, ScenarioPlan, StagePlan, make_plan
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def command(study: StudyFile, overrides: Overrides = None, json: Json = False) -> None:
+    """Say what a study will do: scenarios, arms, runs, time, disk, and the effect it can detect.
+
+    Nothing is trained and nothing is written.
+    """
+    plan = make_plan(load_study(study, overrides or ()))
+    if json:
+        print_json(plan)
+        return
+    out = console()
+    out.print(f"[bold]{plan.study}[/bold]  {plan.hash}", highlight=False)
+    state = "is there, a run continues it" if plan.exists else "new"
+    out.print(f"folder  {plan.folder} ({state})", soft_wrap=True)
+    out.print(
+        f"model   {plan.model}, {plan.layer_count} layers; {plan.training_steps} steps per training"
+    )
+    for shown in (_scenarios(plan), _arms(plan), _schedule(plan), _work(plan)):
+        out.print(shown)
+    for line in _closing(plan):
+        out.print(line, soft_wrap=True, markup=False)
+
+
+def _scenarios(plan: Plan) -> Table:
+    rows = [
+        (s.name, s.during, "; ".join(s.faults), ", ".join(a.arm for a in s.arms if a.reason) or "-")
+        for s in plan.scenarios
+    ]
+    return table("Scenarios", ("scenario", "fault acts", "faults", "arms n/a"), rows)
+
+
+def _arms(plan: Plan) -> Table:
+    """Return the arms, each once where it is the same in every scenario."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for scenario in plan.scenarios:
+        for row in _arm_rows(scenario):
+            rows.setdefault(row, []).append(scenario.name)
+    total = len(plan.scenarios)
+    lines = [
+        (*row, "all" if len(names) == total else ", ".join(names)) for row, names in rows.items()
+    ]
+    return table("Arms", ("arm", "carrier", "noised layers", "#dose", "scenarios"), lines)
+
+
+def _arm_rows(scenario: ScenarioPlan) -> Iterator[tuple[str, ...]]:
+    for arm in scenario.arms:
+        if arm.reason:
+            yield (arm.arm, "n/a", arm.reason, "")
+        elif arm.carrier:
+            yield (arm.arm, arm.carrier, arm.layers, f"{arm.dose:g}")
+        else:
+            yield (arm.arm, "-", "no noise", "")
+
+
+def _schedule(plan: Plan) -> Table:
+    rows = [(f"{s.first_step}-{s.last_step}", f"{s.sigma:.3g}") for s in plan.schedule]
+    return table("Noise of the controls", ("steps", "#sigma"), rows)
+
+
+def _work(plan: Plan) -> Table:
+    rows = []
+    for name, stage in (("search", plan.search), ("confirm", plan.confirm)):
+        if stage is not None:
+            rows.append(_work_row(name, stage))
+    columns = ("stage", "#seeds", "#trainings", "#steps", "#at most", "#evaluations", "#rows each")
+    return table("Work", columns, rows)
+
+
+def _work_row(name: str, stage: StagePlan) -> tuple[object, ...]:
+    return (
+        name,
+        len(stage.seeds),
+        f"{stage.expected.trainings:,}",
+        f"{stage.expected.steps:,}",
+        f"{stage.most.steps:,}",
+        f"{stage.expected.evaluations:,}",
+        stage.split_rows,
+    )
+
+
+def _closing(plan: Plan) -> Iterator[str]:
+    if plan.search is not None:
+        rungs = ", ".join(str(step) for step in plan.rungs)
+        yield (
+            f"search    {plan.configs} configs in each of {len(plan.scenarios)} scenarios beside the "
+            f"controls; rungs at steps {rungs}; {plan.search.cells} control cells share "
+            f"{plan.search.unique} trainings"
+        )
+    yield (
+        f"confirm   {plan.confirm.cells} cells of controls and own arms share "
+        f"{plan.confirm.unique} trainings; finalists come on top"
+    )
+    found = plan.detectable
+    yield (
+        f"claims    {found.family} primary contrasts ("
+        + "; ".join(f"{arm} vs {reference}" for arm, reference in found.contrasts)
+        + f") over {len(plan.scenarios)} scenarios, familywise alpha {found.alpha:g}, "
+        f"margin {100 * found.margin:g} % of the gain"
+    )
+    yield (
+        f"detects   {found.effect_sd:.2f} sd of the paired difference with power {found.power:g} at "
+        f"n = {found.replicates}, in the hardest place of the family (level {found.level:.2g}); "
+        f"the sign-flip p cannot fall below {found.floor:.2g}"
+    )
+    estimate = plan.estimate
+    if estimate.seconds is None or estimate.most_seconds is None:
+        yield "time      not measured (a first run records it)"
+    else:
+        most = duration(estimate.most_seconds)
+        yield (
+            f"time      about {duration(estimate.seconds)} with {plan.workers} workers, at most "
+            f"{most}; {estimate.source}"
+        )
+    yield f"disk      {'not measured' if estimate.bytes is None else 'about ' + size(estimate.bytes)}"

@@ -1,0 +1,81 @@
+"""`aqn-tune status`: how far a study has come."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+from aqn_tune.cli.options import Json, Overrides, Target
+from aqn_tune.cli.output import console, duration, print_json, table
+from aqn_tune.cli.targets import find_target
+from aqn_tune.ledger import Ledger
+from aqn_tune.study.folder import StudyFolder, study_hash
+from aqn_tune.study.schema import Study
+from aqn_tune.study.sweep import resolve_scenarios
+
+SHOWN_FAILURES = 10
+
+
+def command(target: Target, overrides: Overrides = None, json: Json = False) -> None:
+    """Say how far a study has come: trainings, configs, failures, and what is written."""
+    study, folder = find_target(target, overrides or ())
+    state = study_status(study, folder)
+    if json:
+        print_json(state)
+        return
+    out = console()
+    out.print(f"[bold]{study.study}[/bold]  {state['hash']}")
+    out.print(f"folder  {folder.root}", soft_wrap=True)
+    if state["seconds_since_last_row"] is not None:
+        out.print(f"ledger  last row {duration(state['seconds_since_last_row'])} ago")
+    names = ("finished", "unfinished", "failed")
+    rows = [(stage, *(counts[name] for name in names)) for stage, counts in state["trainings"].items()]
+    out.print(table("Trainings", ("stage", *(f"#{name}" for name in names)), rows))
+    if state["configs"]:
+        names = ("asked", "finished", "stopped", "failed")
+        rows = [(s, *(counts[n] for n in names)) for s, counts in state["configs"].items()]
+        out.print(table("Search", ("scenario", *(f"#{name}" for name in names)), rows))
+    for failure in state["failures"][:SHOWN_FAILURES]:
+        out.print(f"failed  {failure['cell']}: {failure['error']}", markup=False, soft_wrap=True)
+    done = [name for name, there in state["written"].items() if there]
+    out.print(f"written {', '.join(done) or 'nothing yet'}")
+
+
+def study_status(study: Study, folder: StudyFolder) -> dict[str, Any]:
+    """Return the state of a study as plain data, from its ledger alone."""
+    ledger = Ledger(folder.ledger)
+    trainings = {
+        stage: Counter(row.status for row in ledger.trainings.values() if row.stage == stage)
+        for stage in ("search", "confirm")
+    }
+    configs: dict[str, Counter[str]] = {}
+    if study.search is not None:
+        configs = {scenario.name: Counter() for scenario in resolve_scenarios(study)}
+    for row in ledger.search:
+        if row.event != "rung":
+            configs.setdefault(row.scenario, Counter())[row.event] += 1
+    cell_of = {
+        row.training_key: f"{row.stage}/{row.scenario}/{row.arm}/{row.replicate}"
+        for row in ledger.cells.values()
+    }
+    failures = [
+        {"cell": cell_of.get(key, key), "training_key": key, "error": row.error}
+        for key, row in ledger.trainings.items()
+        if row.status == "failed"
+    ]
+    since = time.time() - folder.ledger.stat().st_mtime if folder.ledger.exists() else None
+    return {
+        "study": study.study,
+        "hash": study_hash(study),
+        "folder": str(folder.root),
+        "seconds_since_last_row": since,
+        "trainings": trainings,
+        "configs": configs,
+        "failures": failures,
+        "written": {
+            "confirm.lock": folder.lock.exists(),
+            "report.html": folder.report.exists(),
+            "verdict.json": folder.verdict.exists(),
+        },
+    }

@@ -1,0 +1,236 @@
+"""The threshold curve: faulty loss, or exact match, of each arm against the fault level."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from aqn_tune.evidence.assemble import ArmEvidence, ScenarioEvidence
+from aqn_tune.evidence.tables import CellResult
+from aqn_tune.report import drawing as draw
+from aqn_tune.report.axes import (
+    Scale,
+    is_wide,
+    linear,
+    linear_ticks,
+    log_ticks,
+    logarithmic,
+    tick_label,
+)
+from aqn_tune.report.results import Results
+from aqn_tune.report.scenario_tables import DURING, arm_of, clean_loss, fault_text, sweep_label
+from aqn_tune.report.text import plain, spread
+from aqn_tune.study.scenario import During, Scenario
+
+WIDTH, HEIGHT = 620.0, 400.0
+LEFT, RIGHT, TOP, BOTTOM = 62.0, 14.0, 58.0, 62.0
+STYLES = {"fault_only": 0, "clean": 1, "global": 2, "targeted": 3, "healthy": 4, "random": 5}
+"""Colour and marker of the controls, the same in every chart; further arms take the next ones."""
+
+
+class Quantity(NamedTuple):
+    """What is drawn upwards."""
+
+    label: str
+    of_cell: Callable[[CellResult], float | None]
+    references: Callable[[Results, ScenarioEvidence], list[tuple[str, float | None]]]
+    factor: float
+    may_be_log: bool
+
+
+def _loss(cell: CellResult) -> float | None:
+    return cell.loss
+
+
+def _match(cell: CellResult) -> float | None:
+    return cell.exact_match
+
+
+def _loss_references(
+    results: Results, evidence: ScenarioEvidence
+) -> list[tuple[str, float | None]]:
+    base = results.base("clean", "")
+    return [
+        ("untrained base, no fault", base.loss if base else None),
+        ("clean arm, no fault", clean_loss(arm_of(evidence, "clean")).mean),
+    ]
+
+
+def _match_references(
+    results: Results, evidence: ScenarioEvidence
+) -> list[tuple[str, float | None]]:
+    base, clean = results.base("clean", ""), arm_of(evidence, "clean")
+    return [
+        ("untrained base, no fault", base.exact_match if base else None),
+        ("clean arm, no fault", results.clean_exact_match(clean).mean if clean else None),
+    ]
+
+
+LOSS = Quantity("faulty loss (nats/token)", _loss, _loss_references, 1.0, True)
+EXACT_MATCH = Quantity("faulty exact match (%)", _match, _match_references, 100.0, False)
+
+
+def curve_svg(results: Results, during: During, quantity: Quantity) -> str:
+    """Return the chart of the scenarios in which the fault acts `during`, empty without numbers.
+
+    Markers are means over seeds with whiskers of one sd, small dots are the seeds.
+    """
+    pairs = results.evidence_of(during)
+    arms = drawn_arms([evidence for _, evidence in pairs])
+    series = {name: _series(pairs, name, quantity) for name in arms}
+    values = [v for points in series.values() for seeds in points for v in seeds]
+    if not values:
+        return ""
+    references = [
+        (label, value * quantity.factor)
+        for label, value in quantity.references(results, pairs[0][1])
+        if value is not None
+    ]
+    y = _upward(values + [value for _, value in references], quantity)
+    places = _places([scenario for scenario, _ in pairs])
+    parts = [*_frame(y, quantity), *_below(pairs, places)]
+    for number, (label, value) in enumerate(references):
+        parts.append(draw.line(LEFT, y(value), WIDTH - RIGHT, y(value), f"reference r{number}"))
+        parts.append(draw.text(LEFT + 6, y(value) - 4, label, "small faint"))
+    for position, (name, style) in enumerate(arms.items()):
+        shift = (position - (len(arms) - 1) / 2) * 3.2
+        parts += _draw_series(series[name], [x + shift for x in places], y, style)
+    parts += _legend(arms)
+    title = f"{quantity.label} against the fault level, {DURING[during]}"
+    return draw.picture(WIDTH, HEIGHT, title, parts)
+
+
+def drawn_arms(scenarios: Sequence[ScenarioEvidence]) -> dict[str, int]:
+    """Return the arms that charts show, each with the number of its style; twins stay in tables."""
+    names = dict.fromkeys(
+        arm.arm
+        for evidence in scenarios
+        for arm in evidence.arms
+        if not (arm.arm.startswith("finalist") and arm.arm.endswith(("_none", "_global")))
+    )
+    others = [name for name in names if name not in STYLES]
+    known = {**STYLES, **{name: len(STYLES) + i for i, name in enumerate(others)}}
+    return {name: known[name] for name in sorted(names, key=known.__getitem__)}
+
+
+def _series(
+    pairs: Sequence[tuple[Scenario, ScenarioEvidence]], name: str, quantity: Quantity
+) -> list[list[float]]:
+    found = []
+    for _, evidence in pairs:
+        arm: ArmEvidence | None = arm_of(evidence, name)
+        numbers = [quantity.of_cell(cell) for cell in arm.seeds] if arm else []
+        # An arm that lacks a seed has no mean, so it has no place in the curve either.
+        whole = [v * quantity.factor for v in numbers if v is not None]
+        found.append(whole if len(whole) == len(numbers) else [])
+    return found
+
+
+def _upward(values: list[float], quantity: Quantity) -> Scale:
+    low, high = min(values), max(values)
+    if quantity.may_be_log and is_wide(values, 6):
+        return logarithmic(low / 1.12, high * 1.12, HEIGHT - BOTTOM, TOP)
+    pad = (high - low) * 0.07 or 0.5
+    low = max(0.0, low - pad) if low >= 0 else low - pad
+    return linear(low, high + pad, HEIGHT - BOTTOM, TOP)
+
+
+def _places(scenarios: Sequence[Scenario]) -> list[float]:
+    """Return the pixel of each scenario: on a number line if the sweep is one number."""
+    left, right = LEFT + 46, WIDTH - RIGHT - 46
+    level = _levels(scenarios)
+    if level is None:
+        gap = (right - left) / max(1, len(scenarios) - 1)
+        middle = (left + right) / 2
+        return [left + i * gap if len(scenarios) > 1 else middle for i in range(len(scenarios))]
+    make = logarithmic if is_wide(level, 5) else linear
+    scale = make(min(level), max(level), left, right)
+    return [scale(value) for value in level]
+
+
+def _levels(scenarios: Sequence[Scenario]) -> list[float] | None:
+    """Return the one swept number of each scenario, None when there is not exactly one."""
+    found = []
+    for scenario in scenarios:
+        swept = [v for k, v in scenario.values.items() if k != "during"]
+        if len(swept) != 1 or isinstance(swept[0], str):
+            return None
+        found.append(float(swept[0]))
+    return found
+
+
+def _frame(y: Scale, quantity: Quantity) -> list[str]:
+    is_log = y.bend is math.log
+    ticks = log_ticks(y.low, y.high) if is_log else linear_ticks(y.low, y.high)
+    parts = []
+    for tick in ticks:
+        parts.append(draw.line(LEFT, y(tick), WIDTH - RIGHT, y(tick), "grid"))
+        parts.append(draw.text(LEFT - 7, y(tick) + 4, tick_label(tick), "small", "end"))
+    label = quantity.label + (", log scale" if is_log else "")
+    parts.append(draw.upright(15, (TOP + HEIGHT - BOTTOM) / 2, label, "label"))
+    parts.append(draw.line(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM, "axis"))
+    return parts
+
+
+def _below(
+    pairs: Sequence[tuple[Scenario, ScenarioEvidence]], places: Sequence[float]
+) -> list[str]:
+    floor = HEIGHT - BOTTOM
+    parts = []
+    keys = {key for scenario, _ in pairs for key in scenario.values if key != "during"}
+    numeric = _levels([scenario for scenario, _ in pairs]) is not None
+    taken = -math.inf
+    for (scenario, evidence), x in sorted(
+        zip(pairs, places, strict=True), key=lambda item: item[1]
+    ):
+        swept = [plain(v) for k, v in scenario.values.items() if k != "during"]
+        tick = swept[0] if numeric else sweep_label(scenario)
+        parts.append(draw.line(x, floor, x, floor + 5, "axis"))
+        parts.append(draw.text(x, floor + 18, tick, "small", "middle"))
+        regime = str(evidence.regime.regime)
+        parts.append(draw.dot(x, floor, 4, f"regime {regime}"))
+        if x - taken >= 68:
+            parts.append(
+                draw.text(x, floor + 32, fault_text(evidence, "affected_fraction"), "small faint", "middle")
+            )
+            parts.append(draw.text(x, floor + 45, regime, f"small {regime}", "middle"))
+            taken = x
+    axis = f"{keys.pop()} (below: values affected, regime)" if numeric else "scenario"
+    parts.append(draw.text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 3, axis, "label", "middle"))
+    return parts
+
+
+def _draw_series(
+    points: Sequence[Sequence[float]], places: Sequence[float], y: Scale, style: int
+) -> list[str]:
+    css = f"s{style % 10}"
+    parts = []
+    means: list[tuple[float, float]] = []
+    for seeds, x in zip(points, places, strict=True):
+        mean, sd = spread(list(seeds))
+        if mean is None:
+            continue
+        parts += [draw.dot(x, y(value), 1.6, f"seed {css}") for value in seeds]
+        if sd:
+            low, high = max(mean - sd, y.low), min(mean + sd, y.high)
+            parts.append(draw.line(x, y(low), x, y(high), f"whisker {css}"))
+        means.append((x, y(mean)))
+    if len(means) > 1:
+        parts.insert(0, draw.path(sorted(means), f"curve {css}"))
+    parts += [draw.marker(x, at, 4, style, f"mean {css}") for x, at in means]
+    return parts
+
+
+def _legend(arms: dict[str, int]) -> list[str]:
+    parts = []
+    x, row = LEFT, 16.0
+    for name, style in arms.items():
+        label = "clean (met by the fault)" if name == "clean" else name
+        width = 24 + 6.6 * len(label)
+        if x + width > WIDTH - RIGHT:
+            x, row = LEFT, row + 18
+        parts.append(draw.marker(x + 6, row - 4, 4.5, style, f"mean s{style % 10}"))
+        parts.append(draw.text(x + 15, row, label, "small"))
+        x += width + 8
+    return parts

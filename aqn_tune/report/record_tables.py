@@ -1,0 +1,116 @@
+"""What was run: the search, what failed, what could not exist, what it cost."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from aqn_tune.report.results import Results, SearchedConfig
+from aqn_tune.report.scenario_tables import NATS
+from aqn_tune.report.table import Cell, Column, Mark, Table
+from aqn_tune.report.text import NONE, count, duration, number
+from aqn_tune.report.verdict_tables import params_text
+
+SHOWN_PER_SCENARIO = 3
+
+
+def search_table(results: Results) -> Table | None:
+    """Return the best finished configs of each scenario and what became of the others."""
+    if not results.searched:
+        return None
+    rows: list[tuple[Cell, ...]] = []
+    for scenario in results.scenarios:
+        own = [one for one in results.searched if one.scenario == scenario.name]
+        best = sorted(
+            (one for one in own if one.state == "finished" and one.value is not None), key=_value
+        )[:SHOWN_PER_SCENARIO]
+        states = Counter(one.state for one in own)
+        summary = ", ".join(f"{n} {state}" for state, n in sorted(states.items()))
+        if not best:
+            rows.append((scenario.name, summary or "no config yet", NONE, NONE, NONE))
+        for rank, one in enumerate(best):
+            head = (scenario.name, summary) if rank == 0 else ("", "")
+            rows.append((*head, one.config, number(one.value), params_text(dict(one.params))))
+    columns = (
+        Column("scenario", align="left"),
+        Column("configs", align="left"),
+        Column("best finished", align="left"),
+        Column("faulty validation loss", NATS),
+        Column("parameters", align="left"),
+    )
+    note = (
+        "Exploration on the search seeds; it makes no claims. Only configs that reached the last "
+        "rung are ranked, so that no ranking mixes training lengths."
+    )
+    return Table("Search", columns, tuple(rows), (note,))
+
+
+def _value(one: SearchedConfig) -> float:
+    return float("inf") if one.value is None else one.value
+
+
+def failed_table(results: Results) -> Table | None:
+    """Return the runs that failed, None when none did."""
+    if not results.failed:
+        return None
+    rows = tuple(
+        (
+            Mark(run.stage, "failed"),
+            ", ".join(run.cells[:4]) + (f" and {len(run.cells) - 4} more" if run.cells[4:] else "")
+            or run.training_key,
+            str(run.step_reached),
+            run.error,
+        )
+        for run in results.failed
+    )
+    columns = (
+        Column("stage", align="left"),
+        Column("cells without a number", align="left"),
+        Column("step"),
+        Column("why", align="left"),
+    )
+    note = "A failed run never becomes a number: its arm has no mean and its contrasts no test."
+    return Table("Failed runs", columns, rows, (note,))
+
+
+def missing_table(results: Results) -> Table | None:
+    """Return the arms that do not exist in a scenario, None when all do."""
+    if not results.not_available:
+        return None
+    rows = tuple((one.scenario, one.arm, one.reason) for one in results.not_available)
+    columns = (
+        Column("scenario", align="left"),
+        Column("arm", align="left"),
+        Column("why", align="left"),
+    )
+    return Table("Arms that are not available", columns, rows)
+
+
+def cost_table(results: Results) -> Table:
+    """Return what each stage has spent."""
+    cells = Counter(cell.stage for cell in results.cells)
+    rows = tuple(
+        (
+            cost.stage,
+            f"{cells[cost.stage]:,}",
+            f"{cost.trainings:,}",
+            f"{cost.failed:,}",
+            f"{cost.steps:,}",
+            duration(cost.seconds),
+        )
+        for cost in results.evidence.costs
+    )
+    columns = (
+        Column("stage", align="left"),
+        Column("cells"),
+        Column("trainings"),
+        Column("failed"),
+        Column("optimiser steps"),
+        Column("training and evaluation"),
+    )
+    total = sum(cost.seconds for cost in results.evidence.costs)
+    note = (
+        "A cell is one arm, scenario and seed; cells that train alike share a training. Time is the "
+        f"sum over trainings of their share of a worker's time ({duration(total)} in all), on "
+        f"{count(len(results.scenarios), 'scenario')}."
+    )
+    return Table("Cost", columns, rows, (note,))

@@ -1,0 +1,265 @@
+"""TensorBoard logs of a study: per-seed curves, per-config means, and one HParams table.
+
+    tensorboard/                                                  the columns of the HParams table
+    tensorboard/<stage>/<scenario>/<config or arm>                a line of that table
+    tensorboard/<stage>/<scenario>/<config or arm>/s<replicate>   curves of one run
+    tensorboard/<stage>/<scenario>/<config or arm>/mean           mean over the replicates
+
+Event files are opened, appended to and closed again: a study has thousands of runs, and a writer
+with a thread for each of them would not do.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from aqn_tune.ledger.rows import CellRow, EvaluationRow, LedgerRow, SearchRow, TrainingRow
+from aqn_tune.report.hparams import (
+    Status,
+    arm_params,
+    columns,
+    experiment_summary,
+    session_end,
+    session_start,
+)
+from aqn_tune.report.results import read_rows
+from aqn_tune.study.cells import named_arms, twin
+from aqn_tune.study.folder import StudyFolder
+from aqn_tune.study.schema import Study
+from aqn_tune.study.seeds import Stage
+from aqn_tune.study.space import Params, arm_of
+
+FINAL_TAGS = {
+    "loss/faulty": "final/loss_faulty",
+    "loss/clean": "final/loss_clean",
+    "exact_match/faulty": "final/exact_match_faulty",
+    "exact_match/clean": "final/exact_match_clean",
+}
+
+
+class _Line(NamedTuple):
+    """A config or an arm: what a line of the HParams table and a mean curve stand for."""
+
+    stage: Stage
+    generation: int
+    scenario: str
+    arm: str
+
+    @property
+    def name(self) -> str:
+        stage = f"{self.stage}-g{self.generation}" if self.generation else self.stage
+        return f"{stage}/{self.scenario}/{self.arm}"
+
+
+def _line_of(cell: CellRow) -> _Line:
+    return _Line(cell.stage, cell.generation, cell.scenario, cell.arm)
+
+
+class _Point(NamedTuple):
+    tag: str
+    step: int
+    value: float
+    scenario: str
+    """Scenario whose faults acted; empty where every scenario of the training shares the value."""
+    stage: Stage | None
+    """Stage whose split it was measured on; None for what does not depend on a split."""
+    final: bool
+
+
+class TensorBoardWriter:
+    """Write rows to TensorBoard as they come. Not thread-safe; rows may come in any order.
+
+    Opening it writes the logs anew from the ledger, so that a study which continues has each point
+    once. A non-finite loss is left out, and a mean is written once every replicate has its value.
+    """
+
+    def __init__(self, folder: StudyFolder, study: Study) -> None:
+        from aqn_tune.study.sweep import resolve_scenarios
+
+        scenarios = resolve_scenarios(study)
+        self._root = folder.tensorboard
+        self._values = {scenario.name: scenario.values for scenario in scenarios}
+        self._numeric = columns(study, scenarios)
+        self._arms = named_arms(study)
+        self._replicates: dict[Stage, int] = {
+            "search": study.search.replicates if study.search else 0,
+            "confirm": study.confirm.replicates,
+        }
+        self._params: dict[tuple[str, str], Params] = {}
+        self._cells: dict[str, list[CellRow]] = {}
+        self._lines: dict[_Line, dict[int, str]] = {}
+        self._ended: set[_Line] = set()
+        self._trainings: dict[str, TrainingRow] = {}
+        self._points: dict[str, list[_Point]] = {}
+        self._means: dict[tuple[_Line, str, int], dict[int, float]] = {}
+        self._pending: dict[str, list[tuple[int, Any]]] = {}
+        if self._root.exists():
+            shutil.rmtree(self._root)
+        self._add("", 0, experiment_summary(study, scenarios))
+        self.write(tuple(read_rows(folder.ledger)))
+
+    def write(self, rows: Sequence[LedgerRow]) -> None:
+        """Add the rows to the curves; on disk when it returns."""
+        for row in rows:
+            if isinstance(row, CellRow):
+                self._cell(row)
+            elif isinstance(row, SearchRow):
+                self._search(row)
+            elif isinstance(row, TrainingRow):
+                self._training(row)
+            else:
+                self._evaluation(row)
+        self._flush()
+
+    def close(self) -> None:
+        """Write what is left. The logs stay readable without it."""
+        self._flush()
+
+    def _cell(self, row: CellRow) -> None:
+        line = _line_of(row)
+        if line not in self._lines:
+            self._open(line, row)
+        self._lines[line][row.replicate] = row.training_key
+        self._cells.setdefault(row.training_key, []).append(row)
+        for point in self._points.get(row.training_key, ()):
+            self._point(row, point)
+        self._end_if_done(line)
+
+    def _open(self, line: _Line, row: CellRow) -> None:
+        self._lines[line] = {}
+        values: Params = {"stage": line.stage, "scenario": line.scenario, "arm": line.arm}
+        values.update(self._values.get(line.scenario, {}))
+        values.update(self._params_of(row))
+        self._add(line.name, 0, session_start(line.name, values, self._numeric))
+
+    def _params_of(self, row: CellRow) -> Params:
+        if row.arm in self._arms:
+            return arm_params(self._arms[row.arm])
+        params = self._params.get((row.scenario, row.config), {})
+        for targeting in ("none", "global"):
+            if row.arm.endswith(f"_{targeting}") and params:
+                arm = twin(arm_of(params), targeting)
+                return {} if arm is None else arm_params(arm)
+        return params
+
+    def _search(self, row: SearchRow) -> None:
+        if row.event == "asked":
+            self._params[row.scenario, row.config] = dict(row.params)
+        line = _Line("search", 0, row.scenario, row.config)
+        if row.event in ("finished", "stopped", "failed") and line in self._lines:
+            self._end(line, Status.FAILURE if row.event == "failed" else Status.SUCCESS)
+
+    def _training(self, row: TrainingRow) -> None:
+        first = row.step_reached - len(row.train_losses) + 1
+        for offset, loss in enumerate(row.train_losses):
+            step = first + offset
+            self._new_point(row.training_key, _Point("train_loss", step, loss, "", None, False))
+        self._trainings[row.training_key] = row
+        for cell in self._cells.get(row.training_key, ()):
+            self._end_if_done(_line_of(cell))
+
+    def _evaluation(self, row: EvaluationRow) -> None:
+        for tag, value in _measures(row):
+            stage: Stage = "search" if row.split == "validation" else "confirm"
+            point = _Point(tag, row.step, value, row.scenario, stage, row.final)
+            self._new_point(row.training_key, point)
+
+    def _new_point(self, training_key: str, point: _Point) -> None:
+        self._points.setdefault(training_key, []).append(point)
+        for cell in self._cells.get(training_key, ()):
+            self._point(cell, point)
+
+    def _point(self, cell: CellRow, point: _Point) -> None:
+        other_scenario = point.scenario and point.scenario != cell.scenario
+        if other_scenario or (point.stage and point.stage != cell.stage):
+            return
+        if not math.isfinite(point.value):
+            return
+        line = _line_of(cell)
+        seen = self._means.setdefault((line, point.tag, point.step), {})
+        if cell.replicate in seen:
+            return
+        seen[cell.replicate] = point.value
+        self._scalar(f"{line.name}/s{cell.replicate}", point.tag, point.step, point.value)
+        if len(seen) != self._replicates[cell.stage]:
+            return
+        mean = math.fsum(seen.values()) / len(seen)
+        self._scalar(f"{line.name}/mean", point.tag, point.step, mean)
+        if point.final and point.tag in FINAL_TAGS:
+            self._scalar(line.name, FINAL_TAGS[point.tag], point.step, mean)
+
+    def _end_if_done(self, line: _Line) -> None:
+        keys = self._lines[line]
+        if len(keys) != self._replicates[line.stage]:
+            return
+        rows = [self._trainings.get(key) for key in keys.values()]
+        states = [row.status if row and row.step_reached else "" for row in rows]
+        failed = [bool(row) and row.status == "failed" for row in rows if row]
+        if all(state == "finished" for state in states):
+            self._end(line, Status.SUCCESS)
+        elif any(failed) and all(
+            state == "finished" or (row and row.status == "failed")
+            for state, row in zip(states, rows, strict=True)
+        ):
+            self._end(line, Status.FAILURE)
+
+    def _end(self, line: _Line, status: Status) -> None:
+        if line in self._ended:
+            return
+        self._ended.add(line)
+        self._add(line.name, 0, session_end(status))
+        rows = [self._trainings.get(key) for key in self._lines[line].values()]
+        reached = min((row.step_reached for row in rows if row), default=0)
+        self._scalar(line.name, "step_reached", reached, float(reached))
+
+    def _scalar(self, run: str, tag: str, step: int, value: float) -> None:
+        from tensorboard.compat.proto import summary_pb2
+
+        item = summary_pb2.Summary.Value(tag=tag, simple_value=value)
+        self._add(run, step, summary_pb2.Summary(value=[item]))
+
+    def _add(self, run: str, step: int, summary: Any) -> None:
+        self._pending.setdefault(run, []).append((step, summary))
+
+    def _flush(self) -> None:
+        pending, self._pending = self._pending, {}
+        for run, summaries in pending.items():
+            _append(self._root / run, summaries)
+
+
+def _measures(row: EvaluationRow) -> Iterator[tuple[str, float]]:
+    if row.loss is not None:
+        yield f"loss/{row.condition}", row.loss
+    yield f"exact_match/{row.condition}", row.exact_match
+    for index, fault in enumerate(row.faults):
+        suffix = f"/{index}_{fault.kind}" if len(row.faults) > 1 else ""
+        yield f"affected_fraction{suffix}", fault.affected_fraction
+        yield f"relative_error{suffix}", fault.relative_error
+
+
+def _append(folder: Path, summaries: Sequence[tuple[int, Any]]) -> None:
+    from tensorboard.compat.proto import event_pb2
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "events.out.tfevents.0.aqn_tune"
+    now = time.time()
+    new = not path.exists()
+    with path.open("ab") as file:
+        records = RecordWriter(file)
+        if new:
+            version = event_pb2.Event(wall_time=now, file_version="brain.Event:2")
+            records.write(version.SerializeToString())
+        for step, summary in summaries:
+            event = event_pb2.Event(wall_time=now, step=step, summary=summary)
+            records.write(event.SerializeToString())
+
+
+def rebuild(folder: StudyFolder, study: Study) -> None:
+    """Write the logs of a study anew, from its ledger alone."""
+    TensorBoardWriter(folder, study).close()

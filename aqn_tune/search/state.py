@@ -1,0 +1,88 @@
+"""State files: what a pack needs to go on after the last rung that it reached."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import TypeAdapter
+
+from aqn_tune.ledger.rows import EvaluationRow, TrainingRow
+from aqn_tune.study.engine import RungReport
+from aqn_tune.study.keys import content_hash
+from aqn_tune.study.runs import Pack
+
+_EVALUATIONS = TypeAdapter(tuple[EvaluationRow, ...])
+_TRAININGS = TypeAdapter(tuple[TrainingRow, ...])
+
+
+class SavedState(NamedTuple):
+    """A pack at a rung."""
+
+    report: RungReport
+    """What it reported there, or was about to report when it was cut off."""
+    state: bytes
+    """See `PackTraining.state`."""
+
+
+def state_path(folder: Path, pack: Pack) -> Path:
+    """Return the state file of a pack."""
+    return folder / f"{pack.stage}-{pack.name}.bin"
+
+
+def pack_hash(pack: Pack) -> str:
+    """Return the identity of what a pack trains; where it exports to does not enter."""
+    return content_hash(pack.model_dump(mode="json", exclude={"export"}))
+
+
+def write_state(path: Path, pack: Pack, saved: SavedState) -> None:
+    """Write a state file. It is replaced as a whole: a reader never finds half of one."""
+    header = {
+        "pack": pack_hash(pack),
+        "step": saved.report.step,
+        "evaluations": _EVALUATIONS.dump_python(saved.report.evaluations, mode="json"),
+        "trainings": _TRAININGS.dump_python(saved.report.trainings, mode="json"),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with new.open("wb") as file:
+        file.write(json.dumps(header).encode() + b"\n")
+        file.write(saved.state)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+def read_state(path: Path, pack: Pack) -> SavedState | None:
+    """Return the state of `pack`, None when there is none or when it belongs to another pack."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        header = json.loads(file.readline())
+        if header["pack"] != pack_hash(pack):
+            return None
+        report = RungReport(
+            step=header["step"],
+            evaluations=_EVALUATIONS.validate_python(header["evaluations"]),
+            trainings=_TRAININGS.validate_python(header["trainings"]),
+        )
+        return SavedState(report, file.read())
+
+
+def drop_state(path: Path) -> None:
+    """Delete a state file, if there is one."""
+    path.unlink(missing_ok=True)
+
+
+def drop_other_states(folder: Path, stage: str, packs: Iterable[Pack]) -> None:
+    """Delete what earlier sessions left of a stage and none of `packs` can use.
+
+    That is a state whose pack has ended before its file was deleted, and half-written files.
+    """
+    wanted = {state_path(folder, pack) for pack in packs}
+    for path in folder.glob(f"{stage}-*"):
+        if path not in wanted:
+            drop_state(path)

@@ -1,0 +1,235 @@
+"""How long trainings took, so that `plan` can say how long they will take."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import Field, ValidationError
+
+from aqn_tune.errors import UserError
+from aqn_tune.ledger import Ledger
+from aqn_tune.study.base import Spec
+from aqn_tune.study.cells import named_arms, training_of
+from aqn_tune.study.folder import StudyFolder
+from aqn_tune.study.runs import Setting
+from aqn_tune.study.schema import Study
+from aqn_tune.study.space import arm_of
+from aqn_tune.study.training import Lora, TrainingSpec
+
+FORWARD_SHARE = 1 / 3
+"""A row's forward pass over its training step (forward and backward), used to split a time into
+steps and evaluation where the recorded trainings cannot tell them apart."""
+REFERENCE = Path(__file__).parent / "reference_calibration.json"
+
+
+class Workload(Spec):
+    """What decides how long a training takes, on a given machine."""
+
+    model_fingerprint: str = Field(description="The base model.")
+    dtype: str = Field(description="Number type of the computation.")
+    method: str = Field(description="lora or full.")
+    rank: int = Field(description="LoRA rank; 0 for full.")
+    batch_size: int = Field(description="Rows per step.")
+    max_length: int = Field(description="Tokens per row.")
+
+
+class Rate(Spec):
+    """Measured cost of one workload at one pack size."""
+
+    workload: Workload = Field(description="What was measured.")
+    pack_size: int = Field(description="Replicates in lockstep.")
+    trainings: int = Field(description="Trainings measured.")
+    seconds_per_step: float = Field(gt=0, description="Seconds per optimiser step of one replicate.")
+    seconds_per_row: float = Field(gt=0, description="Seconds per evaluated row of one replicate.")
+
+
+class Calibration(Spec):
+    """The recorded costs of one machine."""
+
+    version: int = Field(1, description="Format of the file.")
+    machine: str = Field(description="Machine they were measured on.")
+    rates: tuple[Rate, ...] = Field((), description="One per workload and pack size.")
+    bytes_per_training: float | None = Field(
+        None, description="Disk per training beside its adapter: ledger, curves, report."
+    )
+    bytes_per_adapter: float | None = Field(None, description="Disk per exported adapter.")
+
+
+class Costs(NamedTuple):
+    """What a workload is expected to cost here, and where that comes from."""
+
+    seconds_per_step: float
+    seconds_per_row: float
+    bytes_per_training: float | None
+    bytes_per_adapter: float | None
+    source: str
+
+
+class Sample(NamedTuple):
+    """One measured training."""
+
+    steps: int
+    rows: int
+    """Rows evaluated, over all evaluations."""
+    seconds: float
+
+
+def calibration_file(output: str) -> Path:
+    """Return where the calibration of an output folder lies."""
+    return Path(output).expanduser().resolve() / "calibration.json"
+
+
+def workload_of(setting: Setting, training: TrainingSpec) -> Workload:
+    """Return the workload of a training."""
+    method = training.method
+    return Workload(
+        model_fingerprint=setting.model_fingerprint,
+        dtype=setting.model.dtype,
+        method=method.kind,
+        rank=method.rank if isinstance(method, Lora) else 0,
+        batch_size=training.batch_size,
+        max_length=training.max_length,
+    )
+
+
+def read_calibration(file: Path) -> Calibration | None:
+    """Return a recorded calibration, None where there is none."""
+    if not file.exists():
+        return None
+    try:
+        return Calibration.model_validate_json(file.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        raise UserError(
+            f"{file}: not a calibration ({error.errors()[0]['msg']}); delete it, the next run "
+            "writes a new one"
+        ) from None
+
+
+def find_costs(output: str, workload: Workload, pack_size: int) -> Costs | None:
+    """Return the expected costs of a workload, None when it was never measured.
+
+    Looks at the calibration of the output folder, then at the one shipped for the embedded model;
+    the nearest pack size is taken where this one was not measured, and `source` says all of it.
+    """
+    for file, where in ((calibration_file(output), ""), (REFERENCE, "on another machine")):
+        calibration = read_calibration(file)
+        rates = [r for r in calibration.rates if r.workload == workload] if calibration else []
+        if calibration is None or not rates:
+            continue
+        rate = min(rates, key=lambda r: abs(math.log(r.pack_size / pack_size)))
+        source = f"measured {where or 'here'} ({calibration.machine})"
+        if rate.pack_size != pack_size:
+            source += f", at {rate.pack_size} replicates per trial in place of {pack_size}"
+        return Costs(
+            rate.seconds_per_step,
+            rate.seconds_per_row,
+            calibration.bytes_per_training,
+            calibration.bytes_per_adapter,
+            source,
+        )
+    return None
+
+
+def update_calibration(study: Study, setting: Setting, folder: StudyFolder) -> None:
+    """Record what the finished trainings of a study cost, in the calibration of its output folder.
+
+    Rates of workloads that this study did not run are kept.
+    """
+    ledger = Ledger(folder.ledger)
+    groups = _samples(study, setting, ledger)
+    if not groups:
+        return
+    file = calibration_file(study.output)
+    known = read_calibration(file)
+    rates = {(r.workload, r.pack_size): r for r in known.rates} if known else {}
+    for (workload, pack_size), samples in groups.items():
+        per_step, per_row = split_cost(samples, workload.batch_size)
+        rates[workload, pack_size] = Rate(
+            workload=workload,
+            pack_size=pack_size,
+            trainings=len(samples),
+            seconds_per_step=per_step,
+            seconds_per_row=per_row,
+        )
+    adapters = list(folder.adapters.rglob("adapter_model.safetensors"))
+    adapter_bytes = _size(folder.adapters)
+    per_adapter = adapter_bytes / len(adapters) if adapters else None
+    calibration = Calibration(
+        machine=machine(),
+        rates=tuple(rates.values()),
+        bytes_per_training=(_size(folder.root) - adapter_bytes) / max(len(ledger.trainings), 1),
+        bytes_per_adapter=per_adapter or (known.bytes_per_adapter if known else None),
+    )
+    temporary = file.with_suffix(".tmp")
+    text = json.dumps(calibration.model_dump(mode="json"), indent=1)
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(file)
+
+
+def split_cost(samples: Iterable[Sample], batch_size: int) -> tuple[float, float]:
+    """Return seconds per step and seconds per evaluated row.
+
+    Least squares of seconds = a * steps + b * rows; where the samples have all the same mix of the
+    two, or the fit is not positive, a row is taken to cost `FORWARD_SHARE` of a training row.
+    """
+    samples = list(samples)
+    ss = math.fsum(s.steps * s.steps for s in samples)
+    rr = math.fsum(s.rows * s.rows for s in samples)
+    sr = math.fsum(s.steps * s.rows for s in samples)
+    st = math.fsum(s.steps * s.seconds for s in samples)
+    rt = math.fsum(s.rows * s.seconds for s in samples)
+    determinant = ss * rr - sr * sr
+    if determinant > 0.01 * ss * rr:
+        per_step = (st * rr - rt * sr) / determinant
+        per_row = (rt * ss - st * sr) / determinant
+        if per_step > 0 and per_row > 0:
+            return per_step, per_row
+    share = FORWARD_SHARE / batch_size
+    per_step = math.fsum(s.seconds for s in samples) / math.fsum(
+        s.steps + share * s.rows for s in samples
+    )
+    return per_step, share * per_step
+
+
+def _samples(
+    study: Study, setting: Setting, ledger: Ledger
+) -> dict[tuple[Workload, int], list[Sample]]:
+    rows: dict[str, int] = {}
+    for evaluation in ledger.evaluations.values():
+        rows[evaluation.training_key] = rows.get(evaluation.training_key, 0) + evaluation.rows
+    params = {(r.scenario, r.config): r.params for r in ledger.search if r.event == "asked"}
+    trainings = {
+        cell.training_key: _training(study, cell.arm, params.get((cell.scenario, cell.config)))
+        for cell in ledger.cells.values()
+    }
+    groups: dict[tuple[Workload, int], list[Sample]] = {}
+    for key, row in ledger.trainings.items():
+        training = trainings.get(key)
+        if training is None or row.status != "finished" or not row.seconds > 0:
+            continue
+        sample = Sample(row.step_reached, rows.get(key, 0), row.seconds)
+        groups.setdefault((workload_of(setting, training), row.pack_size), []).append(sample)
+    return groups
+
+
+def _training(study: Study, arm: str, params: Mapping[str, Any] | None) -> TrainingSpec | None:
+    """Return the training of an arm, None for one that is neither named nor a recorded config."""
+    named = named_arms(study)
+    if arm in named:
+        return training_of(study, named[arm])
+    return training_of(study, arm_of(dict(params))) if params else None
+
+
+def machine() -> str:
+    """Return a short description of this machine: processor, cores, system."""
+    return f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}"
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

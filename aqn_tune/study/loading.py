@@ -1,0 +1,121 @@
+"""From a study file to a checked study, its scenarios and its setting."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from aqn_tune.errors import UserError
+from aqn_tune.models.spec import ModelSpec
+from aqn_tune.study.checks import check_study
+from aqn_tune.study.messages import as_user_error, located
+from aqn_tune.study.runs import Setting
+from aqn_tune.study.schema import Study
+from aqn_tune.study.source import Source, apply_override, read_source
+from aqn_tune.study.sweep import resolve_scenarios as resolve_scenarios
+
+
+def load_study(path: Path | str, overrides: Sequence[str] = ()) -> Study:
+    """Read, complete and check a study.
+
+    `search.space` may be the path of a file with `dimensions:`, relative to the study's own; its
+    content takes the place of the path, so that the study is whole. Paths of data, model and output
+    are relative to the working directory.
+
+    Args:
+        path: The YAML file.
+        overrides: `key.of.study=value` each, values read as YAML, applied in order.
+
+    Raises:
+        UserError: Anything wrong with the study, one line per problem: file, line, dotted key, what
+            was got, what is allowed and the nearest valid name. Nothing is written.
+    """
+    file = Path(path)
+    source = _with_space(read_source(file), file)
+    for override in overrides:
+        source = _with_space(apply_override(source, override), file)
+    try:
+        study = Study.model_validate(source.data)
+    except ValidationError as error:
+        raise as_user_error(error, Study, source) from None
+    try:
+        check_study(study, resolve_scenarios(study), layer_count(study.model))
+    except UserError as error:
+        raise located(source, str(error)) from None
+    return study
+
+
+def make_setting(study: Study) -> Setting:
+    """Return what all runs of a study share. Reads the model's files for their hash, not its weights
+    into memory; needs no torch."""
+    from aqn_tune.models.locate import fingerprint
+
+    return Setting(
+        model=study.model,
+        task=study.task,
+        model_fingerprint=fingerprint(study.model),
+        eval_batch_size=study.eval_batch_size,
+    )
+
+
+def layer_count(model: ModelSpec) -> int:
+    """Return the number of decoder layers from the model's config.json, without loading the model.
+
+    Raises UserError where the model is neither a folder nor in the Hugging Face cache, or where its
+    config does not say how many layers it has.
+    """
+    file = _config_file(model)
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: cannot read {file}: {error}") from None
+    for part in (config, config.get("text_config") or {}):
+        for name in ("num_hidden_layers", "n_layer", "num_layers"):
+            if isinstance(part.get(name), int):
+                return int(part[name])
+    raise UserError(f"model.path: {file} has no num_hidden_layers; is it a causal language model?")
+
+
+def _config_file(model: ModelSpec) -> Path:
+    from aqn_tune.models.locate import EMBEDDED_FOLDER
+    from aqn_tune.models.spec import EMBEDDED
+
+    if model.path == EMBEDDED:
+        return EMBEDDED_FOLDER / "config.json"
+    folder = Path(model.path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model.path: {folder} holds no config.json; it is no model folder")
+        return folder / "config.json"
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
+    except HFValidationError:
+        cached = None
+    if not isinstance(cached, str):
+        raise UserError(
+            f"model.path: got {model.path!r}, which is neither 'embedded', nor a folder, nor in the "
+            f"Hugging Face cache; for a hub model run `hf download {model.path}` first"
+        )
+    return Path(cached)
+
+
+def _with_space(source: Source, file: Path) -> Source:
+    """Put the content of the file that `search.space` names in its place."""
+    search = source.data.get("search")
+    named = search.get("space") if isinstance(search, dict) else None
+    if not isinstance(named, str):
+        return source
+    path = file.parent / Path(named).expanduser()
+    try:
+        space = read_source(path)
+    except UserError as error:
+        raise UserError(f"{source.place(('search', 'space'))}: search.space: {error}") from None
+    data = {**source.data, "search": {**source.data["search"], "space": space.data}}
+    inner = {("search", "space", *key): place for key, place in space.places.items()}
+    return Source(data, {**source.places, **inner})

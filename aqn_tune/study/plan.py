@@ -1,0 +1,392 @@
+"""What a study will do, before it does it: scenarios, arms, runs, time, and what it can detect."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from aqn_tune.errors import UserError
+from aqn_tune.noise.policy import EffectiveNoise
+from aqn_tune.study.calibration import Costs, find_costs, workload_of
+from aqn_tune.study.cells import (
+    ArmCells,
+    NotAvailable,
+    named_arms,
+    resolve_run,
+    stage_cells,
+    unique_runs,
+)
+from aqn_tune.study.detectable import detectable_effect
+from aqn_tune.study.folder import study_folder, study_hash
+from aqn_tune.study.loading import layer_count, make_setting, resolve_scenarios
+from aqn_tune.study.runs import Setting
+from aqn_tune.study.scenario import Scenario
+from aqn_tune.study.schema import Study
+from aqn_tune.study.seeds import Stage, replicate_seed
+from aqn_tune.tasks import WordProblems
+
+OVERHEAD_SECONDS = 20.0
+"""Time to start Ray and its workers and to write the report, added to an estimate."""
+
+
+@dataclass(frozen=True)
+class SigmaStage:
+    """A stretch of steps with one noise level."""
+
+    first_step: int
+    last_step: int
+    sigma: float
+
+
+@dataclass(frozen=True)
+class ArmPlan:
+    """An arm in a scenario."""
+
+    arm: str
+    carrier: str
+    """Empty without noise."""
+    layers: str
+    """Noised layers, as `10` or `0-9,11-27`; empty without noise."""
+    dose: float
+    """Sum of squared multipliers: in units of one layer at the schedule's sigma."""
+    reason: str
+    """Why the arm cannot exist here; empty when it can."""
+
+
+@dataclass(frozen=True)
+class ScenarioPlan:
+    """A scenario and its arms."""
+
+    name: str
+    values: dict[str, str | int | float]
+    during: str
+    faults: tuple[str, ...]
+    arms: tuple[ArmPlan, ...]
+
+
+@dataclass(frozen=True)
+class Work:
+    """An amount of work."""
+
+    trainings: int
+    steps: int
+    """Optimiser steps, summed over replicates."""
+    evaluations: int
+    rows: int
+    """Evaluated rows, summed over evaluations."""
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.trainings + other.trainings,
+            self.steps + other.steps,
+            self.evaluations + other.evaluations,
+            self.rows + other.rows,
+        )
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage of the study."""
+
+    cells: int
+    """Arm x scenario x replicate of the arms known now."""
+    unique: int
+    """Trainings that serve those cells."""
+    seeds: tuple[int, ...]
+    split_rows: int
+    """Rows of the split on which the stage evaluates."""
+    expected: Work
+    """With ASHA stopping its share; whatever is not known yet counted in full."""
+    most: Work
+    """With nothing stopped."""
+
+
+@dataclass(frozen=True)
+class Detectable:
+    """What the confirmation claims and can detect."""
+
+    contrasts: tuple[tuple[str, str], ...]
+    """Primary contrasts of each scenario."""
+    family: int
+    """Primary contrasts of the whole study, without those that cannot exist."""
+    replicates: int
+    alpha: float
+    level: float
+    """Level of the hardest contrast: alpha over the family."""
+    power: float
+    effect_sd: float
+    """Minimum detectable effect, in standard deviations of the paired difference."""
+    floor: float
+    """Smallest p of the exact sign-flip test at this number of seeds."""
+    margin: float
+    """Share of the gain G."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Expected time and disk."""
+
+    source: str
+    """Where the rates come from, or `not measured`."""
+    seconds: float | None
+    most_seconds: float | None
+    bytes: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a study declares, resolved."""
+
+    study: str
+    hash: str
+    folder: str
+    exists: bool
+    """Whether the folder is there already, so that a run continues it."""
+    model: str
+    layer_count: int
+    workers: int
+    training_steps: int
+    schedule: tuple[SigmaStage, ...]
+    """Sigma of the noised controls."""
+    scenarios: tuple[ScenarioPlan, ...]
+    configs: int
+    """Configs of the search in each scenario."""
+    rungs: tuple[int, ...]
+    """Steps at which ASHA decides."""
+    search: StagePlan | None
+    confirm: StagePlan
+    detectable: Detectable
+    estimate: Estimate
+
+
+def make_plan(study: Study) -> Plan:
+    """Return what `study` will do. Needs neither torch nor Ray, trains nothing, writes nothing.
+
+    Raises UserError as `load_study` does, and where the model or the data cannot be read.
+    """
+    setting = make_setting(study)
+    scenarios = resolve_scenarios(study)
+    layers = layer_count(study.model)
+    folder = study_folder(study).root
+    confirm_cells = stage_cells(study, setting, scenarios, stage="confirm", layer_count=layers)
+    search = None
+    if study.search is not None:
+        search_cells = stage_cells(study, setting, scenarios, stage="search", layer_count=layers)
+        search = _search_plan(study, setting, scenarios, search_cells)
+    confirm = _confirm_plan(study, setting, scenarios, confirm_cells)
+    return Plan(
+        study=study.study,
+        hash=study_hash(study),
+        folder=str(folder),
+        exists=folder.exists(),
+        model=study.model.path,
+        layer_count=layers,
+        workers=worker_count(study),
+        training_steps=study.training.steps,
+        schedule=_stages(study.controls.schedule.table(study.training.steps)),
+        scenarios=tuple(_scenario_plan(study, s, layers) for s in scenarios),
+        configs=study.search.configs if study.search else 0,
+        rungs=rung_steps(study) if study.search else (study.training.steps,),
+        search=search,
+        confirm=confirm,
+        detectable=_detectable(study, scenarios, confirm_cells.missing),
+        estimate=_estimate(study, setting, search, confirm),
+    )
+
+
+def rung_steps(study: Study) -> tuple[int, ...]:
+    """Return the steps at which the search evaluates and decides; the last is the whole training."""
+    shares = study.search.rungs if study.search else (1.0,)
+    steps = study.training.steps
+    return tuple(sorted({max(1, round(steps * share)) for share in shares}))
+
+
+def worker_count(study: Study) -> int:
+    """Return how many trials run at a time; `auto` is one per usable CPU core of this machine."""
+    if study.compute.workers != "auto":
+        return study.compute.workers
+    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+
+
+def _scenario_plan(study: Study, scenario: Scenario, layers: int) -> ScenarioPlan:
+    arms = []
+    for name, arm in named_arms(study).items():
+        try:
+            run = resolve_run(study, scenario, arm, seed=0, layer_count=layers)
+        except UserError as error:
+            arms.append(ArmPlan(name, "", "", 0.0, str(error)))
+            continue
+        arms.append(_arm_plan(name, run.noise))
+    faults = tuple(_fault_text(fault.model_dump(mode="json")) for fault in scenario.spec.faults)
+    return ScenarioPlan(scenario.name, scenario.values, scenario.spec.during, faults, tuple(arms))
+
+
+def _fault_text(fault: dict[str, object]) -> str:
+    kind, layers = fault.pop("kind"), fault.pop("layers")
+    hidden = ("modules", "site", "exclude", "ste")
+    rest = ", ".join(f"{key} {value}" for key, value in fault.items() if key not in hidden)
+    where = "all layers" if layers == "all" else f"layers {layers}"
+    return f"{kind} at {where}: {rest}"
+
+
+def _arm_plan(name: str, noise: EffectiveNoise | None) -> ArmPlan:
+    if noise is None:
+        return ArmPlan(name, "", "", 0.0, "")
+    noised = [layer for layer, m in enumerate(noise.multipliers) if m > 0]
+    return ArmPlan(name, noise.carrier.kind, ranges(noised), noise.energy(), "")
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Return sorted numbers as text, runs as `first-last`: `0-9,11`."""
+    parts = []
+    for _, group in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in group]
+        parts.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
+    return ",".join(parts)
+
+
+def _stages(table: Sequence[float]) -> tuple[SigmaStage, ...]:
+    stages: list[SigmaStage] = []
+    step = 0
+    for sigma, group in itertools.groupby(table):
+        length = len(list(group))
+        stages.append(SigmaStage(step, step + length - 1, sigma))
+        step += length
+    return tuple(stages)
+
+
+def _search_plan(
+    study: Study, setting: Setting, scenarios: Sequence[Scenario], cells: ArmCells
+) -> StagePlan:
+    assert study.search is not None
+    rungs, rows = rung_steps(study), split_rows(study, "search")
+    controls = _trainings_work(cells, rungs, rows) + _base_work(scenarios, rows)
+    replicates = study.search.replicates * len(scenarios)
+    expected = most = Work(0, 0, 0, 0)
+    alive = float(study.search.configs)
+    previous = 0
+    for rung in rungs:
+        started = round(alive) * replicates
+        full = study.search.configs * replicates
+        first = previous == 0
+        expected += _rung_work(started, rung - previous, rows, first)
+        most += _rung_work(full, rung - previous, rows, first)
+        alive, previous = max(alive / study.search.reduction_factor, min(alive, 1)), rung
+    return _stage_plan(study, "search", cells, rows, controls + expected, controls + most)
+
+
+def _rung_work(trainings: int, steps: int, rows: int, first: bool) -> Work:
+    """Return what it takes to bring trainings to a rung and evaluate them, clean and faulty."""
+    return Work(
+        trainings if first else 0, trainings * steps, trainings * 2, trainings * 2 * rows
+    )
+
+
+def _confirm_plan(
+    study: Study, setting: Setting, scenarios: Sequence[Scenario], cells: ArmCells
+) -> StagePlan:
+    rungs, rows = (study.training.steps,), split_rows(study, "confirm")
+    known = _trainings_work(cells, rungs, rows) + _base_work(scenarios, rows)
+    # A finalist and its `global` twin; its `none` twin is `fault_only` unless the search may change
+    # more than the noise.
+    dimensions = study.search.space.dimensions if study.search else {}
+    arms = 3 if {"learning_rate", "rank"} & set(dimensions) else 2
+    finalists = study.finalist_count() * arms * study.confirm.replicates * len(scenarios)
+    work = known + _rung_work(finalists, study.training.steps, rows, True)
+    return _stage_plan(study, "confirm", cells, rows, work, work)
+
+
+def _trainings_work(cells: ArmCells, rungs: Sequence[int], rows: int) -> Work:
+    runs = unique_runs(cells.cells).values()
+    evaluations = sum(len(run.conditions) for run in runs) * len(rungs)
+    return Work(len(runs), len(runs) * rungs[-1], evaluations, evaluations * rows)
+
+
+def _base_work(scenarios: Sequence[Scenario], rows: int) -> Work:
+    """Return the evaluations of the untrained base: clean, and once per scenario."""
+    return Work(0, 0, 1 + len(scenarios), (1 + len(scenarios)) * rows)
+
+
+def _stage_plan(
+    study: Study, stage: Stage, cells: ArmCells, rows: int, expected: Work, most: Work
+) -> StagePlan:
+    searching = stage == "search" and study.search is not None
+    replicates = study.search.replicates if searching and study.search else study.confirm.replicates
+    generation = 0 if stage == "search" else study.confirm.generation
+    return StagePlan(
+        cells=len(cells.cells),
+        unique=len(unique_runs(cells.cells)),
+        seeds=tuple(
+            replicate_seed(study.seed, stage, index, generation=generation)
+            for index in range(replicates)
+        ),
+        split_rows=rows,
+        expected=expected,
+        most=most,
+    )
+
+
+def split_rows(study: Study, stage: Stage) -> int:
+    """Return how many rows a stage evaluates on. Reads the files of a task that has files."""
+    if isinstance(study.task, WordProblems):
+        return study.task.validation_rows if stage == "search" else study.task.test_rows
+    splits = study.task.splits()
+    return len(splits.validation if stage == "search" else splits.test)
+
+
+def _detectable(
+    study: Study, scenarios: Sequence[Scenario], missing: Sequence[NotAvailable]
+) -> Detectable:
+    absent = {(item.scenario, item.arm) for item in missing}
+    contrasts = study.primary_contrasts()
+    family = sum(
+        not absent & {(scenario.name, arm), (scenario.name, reference)}
+        for scenario in scenarios
+        for arm, reference in contrasts
+    )
+    confirm = study.confirm
+    level = confirm.alpha / max(family, 1)
+    return Detectable(
+        contrasts=contrasts,
+        family=family,
+        replicates=confirm.replicates,
+        alpha=confirm.alpha,
+        level=level,
+        power=confirm.power,
+        effect_sd=detectable_effect(confirm.replicates, level, confirm.power),
+        floor=2.0 ** (1 - confirm.replicates),
+        margin=confirm.margin,
+    )
+
+
+def _estimate(
+    study: Study, setting: Setting, search: StagePlan | None, confirm: StagePlan
+) -> Estimate:
+    workload = workload_of(setting, study.training)
+    costs = find_costs(study.output, workload, study.compute.pack_replicas)
+    if costs is None:
+        return Estimate("not measured", None, None, None)
+    stages = [stage for stage in (search, confirm) if stage is not None]
+    workers = worker_count(study)
+    exports = {
+        "finalists": study.finalist_count() * study.confirm.replicates * len(resolve_scenarios(study)),
+        "all": confirm.most.trainings,
+        "none": 0,
+    }[study.confirm.export]
+    disk = None
+    if costs.bytes_per_training is not None and (costs.bytes_per_adapter or not exports):
+        trainings = sum(stage.most.trainings for stage in stages)
+        disk = trainings * costs.bytes_per_training + exports * (costs.bytes_per_adapter or 0)
+    return Estimate(
+        source=costs.source,
+        seconds=_seconds([stage.expected for stage in stages], costs, workers),
+        most_seconds=_seconds([stage.most for stage in stages], costs, workers),
+        bytes=disk,
+    )
+
+
+def _seconds(works: Sequence[Work], costs: Costs, workers: int) -> float:
+    busy = sum(w.steps * costs.seconds_per_step + w.rows * costs.seconds_per_row for w in works)
+    return busy / workers + OVERHEAD_SECONDS

@@ -1,0 +1,111 @@
+"""The arena: all trainable state of K replicas in one [K, P] block, one row per replica."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from aqn_tune.study.training import TrainingSpec
+
+
+class _Slice(NamedTuple):
+    start: int
+    shape: torch.Size
+
+
+class Arena:
+    """Weights, gradients and AdamW state of K replicas.
+
+    The model's trainable tensors are views [K, *shape] into the weights, so one fused AdamW call per
+    replica updates everything it owns; clipping and the learning rate are per row, and nothing is
+    ever reduced across rows.
+    """
+
+    def __init__(self, shapes: Mapping[str, torch.Size], replicas: int, dtype: torch.dtype) -> None:
+        self._slices: dict[str, _Slice] = {}
+        size = 0
+        for name, shape in shapes.items():
+            self._slices[name] = _Slice(size, shape)
+            size += shape.numel()
+        self.size = size
+        self.replicas = replicas
+        self.weights = torch.zeros(replicas, size, dtype=dtype)
+        self.gradients = torch.zeros(replicas, size, dtype=dtype)
+        self.optimizers: list[torch.optim.AdamW] = []
+        self._parameters: dict[str, nn.Parameter] = {}
+
+    def view(self, block: Tensor, name: str) -> Tensor:
+        """Return the part of `block` [K, P] that belongs to `name`, as a view [K, *shape]."""
+        start, shape = self._slices[name]
+        return block[:, start : start + shape.numel()].view(self.replicas, *shape)
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """Return the trainable tensor `name` [K, *shape], a view of the arena's weights."""
+        return self.adopt(name, nn.Parameter(self.view(self.weights, name)))
+
+    def adopt(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        """Collect the gradient of `parameter`, [K, *shape] or for K = 1 [*shape], under `name`."""
+        self._parameters[name] = parameter
+        return parameter
+
+    def collect_gradients(self) -> None:
+        """Move the gradients of the last backward pass into the arena."""
+        targets, sources = [], []
+        for name, parameter in self._parameters.items():
+            target = self.view(self.gradients, name)
+            if parameter.grad is None:
+                target.zero_()
+                continue
+            targets.append(target)
+            sources.append(parameter.grad.view_as(target))
+            parameter.grad = None
+        torch._foreach_copy_(targets, sources)
+
+    def start_optimizers(self, trainings: Sequence[TrainingSpec]) -> None:
+        """Give each replica an AdamW of its own over its row."""
+        for replica, spec in enumerate(trainings):
+            row = nn.Parameter(self.weights[replica])
+            row.grad = self.gradients[replica]
+            self.optimizers.append(
+                torch.optim.AdamW(
+                    [row],
+                    lr=spec.learning_rate,
+                    betas=(spec.beta1, spec.beta2),
+                    weight_decay=spec.weight_decay,
+                    fused=True,
+                )
+            )
+
+    def clip_and_step(self, replica: int, learning_rate: float, max_norm: float) -> float:
+        """Clip one replica's gradient to `max_norm`, take one AdamW step, return the norm before."""
+        row = self.gradients[replica]
+        norm = float(torch.linalg.vector_norm(row))
+        if norm > max_norm:
+            row.mul_(max_norm / (norm + 1e-6))
+        optimizer = self.optimizers[replica]
+        optimizer.param_groups[0]["lr"] = learning_rate
+        optimizer.step()
+        return norm
+
+    def state(self, replica: int) -> dict[str, Tensor]:
+        """Return a copy of one replica's row: weights and AdamW moments."""
+        state = {"weights": self.weights[replica].clone()}
+        for moments in self.optimizers[replica].state.values():
+            state.update({key: value.clone() for key, value in moments.items()})
+        return state
+
+    def restore(self, replica: int, state: Mapping[str, Tensor]) -> None:
+        """Write back what `state` returned."""
+        self.weights[replica].copy_(state["weights"])
+        optimizer = self.optimizers[replica]
+        row = optimizer.param_groups[0]["params"][0]
+        moments = {key: value.clone() for key, value in state.items() if key != "weights"}
+        if moments:
+            optimizer.state[row] = moments
+
+    def named_row(self, replica: int) -> dict[str, Tensor]:
+        """Return one replica's tensors by name, copies of shape `shape`."""
+        return {name: self.view(self.weights, name)[replica].clone() for name in self._slices}

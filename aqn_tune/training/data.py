@@ -1,0 +1,87 @@
+"""Token tensors of a task, and the loss over them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from aqn_tune.tasks.encode import encode
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from aqn_tune.tasks import Example
+
+ROW_MULTIPLE = 16
+"""Positions per row that reach the head are rounded to this, so that matrix shapes stay multiples of
+16: only then does a product over a pack equal the product over one replica bit for bit."""
+
+
+class TokenSet(NamedTuple):
+    """A split as tensors."""
+
+    tokens: Tensor
+    """int64 [n, T], right-padded."""
+    answer: Tensor
+    """Boolean [n, T]: the token at this position is an answer token."""
+    valid: Tensor
+    """Boolean [n, T]: False at padding."""
+    first: int
+    """First position whose prediction can be an answer token, rounded down to `ROW_MULTIPLE`."""
+
+    def batch(self, rows: Tensor) -> TokenSet:
+        """Return the rows with the numbers `rows` [B]."""
+        return TokenSet(self.tokens[rows], self.answer[rows], self.valid[rows], self.first)
+
+
+class TokenLoss(NamedTuple):
+    """Loss and accuracy of a batch of rows."""
+
+    total: Tensor
+    """Summed answer cross-entropy of each row, [rows]."""
+    tokens: Tensor
+    """Answer tokens of each row, int64 [rows]."""
+    exact: Tensor
+    """Boolean [rows]: every answer token is the most likely one given the true tokens before it."""
+
+
+def load_tokens(tokenizer: Any, examples: Sequence[Example], max_length: int) -> TokenSet:
+    """Encode a split; see `aqn_tune.tasks.encode` for the rules and errors."""
+    encoded = encode(tokenizer, examples, max_length)
+    answer = torch.from_numpy(encoded.answer_mask)
+    first = max(int(answer.int().argmax(dim=1).min()) - 1, 0)
+    return TokenSet(
+        torch.from_numpy(encoded.tokens),
+        answer,
+        torch.from_numpy(encoded.valid),
+        first // ROW_MULTIPLE * ROW_MULTIPLE,
+    )
+
+
+def answer_logits(model: torch.nn.Module, batch: TokenSet) -> Tensor:
+    """Return the logits [rows, T - first, V] from position `first` on.
+
+    No attention mask is passed: padding is on the right and attention is causal, so no valid token
+    ever sees it.
+    """
+    length = batch.tokens.shape[1]
+    positions = torch.arange(batch.first, length, device=batch.tokens.device)
+    logits: Tensor = model(
+        input_ids=batch.tokens, use_cache=False, logits_to_keep=positions
+    ).logits
+    return logits
+
+
+def token_loss(logits: Tensor, batch: TokenSet) -> TokenLoss:
+    """Return the answer cross-entropy of each row, in nats, in the type of the logits."""
+    predicted = logits[:, :-1]
+    target = batch.tokens[:, batch.first + 1 :]
+    mask = batch.answer[:, batch.first + 1 :]
+    losses = torch.nn.functional.cross_entropy(
+        predicted.flatten(0, 1), target.flatten(), reduction="none"
+    ).view(target.shape)
+    total = torch.where(mask, losses, torch.zeros((), dtype=losses.dtype)).sum(dim=1)
+    exact = ((predicted.argmax(dim=2) == target) | ~mask).all(dim=1)
+    return TokenLoss(total, mask.sum(dim=1), exact)

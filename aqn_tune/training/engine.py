@@ -1,0 +1,189 @@
+"""The training engine: opens packs for the search, and reports them as ledger rows."""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from aqn_tune.errors import TrainingFailed
+from aqn_tune.ledger.rows import EvaluationRow, TrainingRow
+from aqn_tune.models.load import base_arrays, build_model, load_tokenizer
+from aqn_tune.models.spec import ModelSpec
+from aqn_tune.study.engine import BaseArrays, Engine, PackTraining, RungReport
+from aqn_tune.study.runs import Pack, Run, Setting, Split
+from aqn_tune.tasks import Task
+from aqn_tune.training.data import TokenSet, load_tokens
+from aqn_tune.training.evaluate import Evaluated, evaluate
+from aqn_tune.training.export import export_adapter, export_full
+from aqn_tune.training.pack import PackState, ReplicaPack
+
+
+@functools.lru_cache(maxsize=8)
+def _tokens(model: ModelSpec, task: Task, max_length: int, split: str) -> TokenSet:
+    """Tokenize a split once per worker process."""
+    return load_tokens(load_tokenizer(model), getattr(task.splits(), split), max_length)
+
+
+class TorchPack:
+    """A pack of runs in training with torch: one stacked pack (LoRA), or one model per run (full).
+
+    Full fine-tuning advances its replicates one after another to the same rung.
+    """
+
+    def __init__(self, pack: Pack, setting: Setting, base: BaseArrays) -> None:
+        torch.set_num_threads(1)
+        self._pack = pack
+        self._setting = setting
+        self._base = base
+        self._keys = [run.training_key(setting) for run in pack.runs]
+        self._rung = 0
+        self._eval_seconds = 0.0
+        lora = pack.runs[0].training.method.kind == "lora"
+        groups: list[tuple[Run, ...]] = [pack.runs] if lora else [(run,) for run in pack.runs]
+        train = self._split("train")
+        self._members = [
+            ReplicaPack(build_model(setting.model, base), group, train) for group in groups
+        ]
+
+    def _split(self, split: Split | str) -> TokenSet:
+        max_length = self._pack.runs[0].training.max_length
+        return _tokens(self._setting.model, self._setting.task, max_length, split)
+
+    def advance(self) -> RungReport:
+        """Train to the next rung and evaluate there; see `PackTraining.advance`."""
+        step = self._pack.rungs[self._rung]
+        rows: list[EvaluationRow] = []
+        trainings: list[TrainingRow] = []
+        offset = 0
+        for member in self._members:
+            keys = self._keys[offset : offset + len(member.runs)]
+            offset += len(member.runs)
+            member.train_to(step)
+            audits = [member.audit(replica) for replica in range(len(member.runs))]
+            started = time.perf_counter()
+            evaluations = self._evaluate(member)
+            self._eval_seconds += time.perf_counter() - started
+            rows.extend(self._evaluation_row(member, keys, each, step) for each in evaluations)
+            for replica, key in enumerate(keys):
+                row = self._training_row(member, replica, key, step)
+                if row.status != "failed":
+                    row = row.model_copy(update={"audit": audits[replica]})
+                trainings.append(self._exported(member, replica, row))
+        self._rung += 1
+        return RungReport(step, tuple(rows), tuple(trainings))
+
+    def _evaluate(self, member: ReplicaPack) -> list[Evaluated]:
+        data = self._split(self._pack.split)
+        evaluations: list[Evaluated] = []
+        try:
+            for result in evaluate(member, data, self._setting.eval_batch_size):
+                evaluations.append(result)
+        except TrainingFailed as error:
+            for replica in range(len(member.runs)):
+                member.failures.setdefault(replica, str(error))
+            return []
+        for result in evaluations:
+            if not math.isfinite(result.loss):
+                name = f"{result.condition.name} {result.condition.scenario}".strip()
+                member.failures.setdefault(
+                    result.replica, f"{name} loss is {result.loss} at step {member.step}"
+                )
+        return evaluations
+
+    def _evaluation_row(
+        self, member: ReplicaPack, keys: Sequence[str], result: Evaluated, step: int
+    ) -> EvaluationRow:
+        return EvaluationRow(
+            training_key=keys[result.replica],
+            step=step,
+            final=step == member.runs[result.replica].training.steps,
+            condition=result.condition.name,
+            scenario=result.condition.scenario,
+            split=self._pack.split,
+            rows=len(self._split(self._pack.split).tokens),
+            loss=result.loss if math.isfinite(result.loss) else None,
+            exact_match=result.exact_match,
+            faults=result.faults,
+        )
+
+    def _training_row(
+        self, member: ReplicaPack, replica: int, key: str, step: int
+    ) -> TrainingRow:
+        run = member.runs[replica]
+        failure = member.failures.get(replica, "")
+        status = "failed" if failure else "finished" if step == run.training.steps else "unfinished"
+        share = (sum(m.seconds for m in self._members) + self._eval_seconds) / len(self._pack.runs)
+        return TrainingRow(
+            training_key=key,
+            stage=self._pack.stage,
+            seed=run.seed,
+            steps=run.training.steps,
+            step_reached=len(member.train_losses[replica]),
+            status=status,
+            error=failure,
+            seconds=share,
+            pack=self._pack.name,
+            pack_size=len(self._pack.runs),
+            train_losses=tuple(member.train_losses[replica]),
+        )
+
+    def _exported(self, member: ReplicaPack, replica: int, row: TrainingRow) -> TrainingRow:
+        folder = self._pack.export.get(row.training_key)
+        if folder is None or row.status != "finished":
+            return row
+        run = member.runs[replica]
+        tensors = member.arena.named_row(replica)
+        if run.training.method.kind == "lora":
+            export_adapter(Path(folder), self._setting, run, tensors, self._base)
+        else:
+            export_full(Path(folder), self._setting, run, tensors, self._base)
+        return row.model_copy(update={"adapter": folder})
+
+    def state(self) -> bytes:
+        """Return the pack's state; see `PackTraining.state`."""
+        buffer = io.BytesIO()
+        members = [member.state()._asdict() for member in self._members]
+        torch.save(
+            {
+                "keys": self._keys,
+                "rung": self._rung,
+                "eval_seconds": self._eval_seconds,
+                "members": members,
+            },
+            buffer,
+        )
+        return buffer.getvalue()
+
+    def restore(self, state: bytes) -> None:
+        """Continue from `state`; raises ValueError when it belongs to other runs."""
+        saved = torch.load(io.BytesIO(state), weights_only=True)
+        if saved["keys"] != self._keys:
+            raise ValueError("the saved state belongs to a pack of other runs")
+        self._rung = saved["rung"]
+        self._eval_seconds = saved["eval_seconds"]
+        for member, values in zip(self._members, saved["members"], strict=True):
+            member.restore(PackState(**values))
+
+    def close(self) -> None:
+        """Drop the models; see `PackTraining.close`."""
+        self._members.clear()
+
+
+def load_base(setting: Setting) -> BaseArrays:
+    """Read the base weights; see `Engine.load_base`."""
+    return base_arrays(setting.model)
+
+
+def open_pack(pack: Pack, setting: Setting, base: BaseArrays) -> PackTraining:
+    """Open a pack for training on this process's CPU with one thread; see `Engine.open_pack`."""
+    return TorchPack(pack, setting, base)
+
+
+ENGINE = Engine(load_base=load_base, open_pack=open_pack)
+"""The engine that `aqn-tune run` uses."""
