@@ -71,7 +71,7 @@ class Injection:
         self._handles: list[RemovableHandle] = []
         self._valid = torch.empty(0)
         self._step = 0
-        self._audited = False
+        self._audited: frozenset[int] = frozenset()
         self._sites: dict[str, _Site] = {}
         self.fault_sites: list[tuple[FaultSlot, tuple[Address, ...]]] = []
         self.noise_sites: list[tuple[NoiseSlot, Address]] = []
@@ -110,13 +110,15 @@ class Injection:
 
     # -- one pass ----------------------------------------------------------------------------------
 
-    def begin(self, valid: Tensor, *, step: int = 0, audited: bool = False) -> None:
+    def begin(
+        self, valid: Tensor, *, step: int = 0, audited: frozenset[int] = frozenset()
+    ) -> None:
         """Set up the next forward pass.
 
         Args:
             valid: Boolean [K, N], False at padding.
             step: Optimiser step, which selects sigma.
-            audited: Measure the realised noise in this pass.
+            audited: Replicas whose realised noise is measured in this pass.
         """
         self._valid = valid.unsqueeze(2)
         self._step = step
@@ -151,11 +153,7 @@ class Injection:
             self._handles.append(
                 module.register_forward_pre_hook(lambda m, args: self._shadow(site, weight, m, args))
             )
-            self._handles.append(
-                module.register_forward_hook(
-                    lambda m, args, out: m.__dict__.pop("weight", None) and None, always_call=True
-                )
-            )
+            self._handles.append(module.register_forward_hook(_unshadow, always_call=True))
         if hidden or site.output_faults:
             self._handles.append(
                 module.register_forward_hook(lambda m, args, out: self._on_output(site, hidden, out))
@@ -200,7 +198,7 @@ class Injection:
         noised = slot.carrier.add(x, sigma.view(-1, 1, 1).to(x.device), z)
         for replica in active:
             self.audit.calls[replica] += 1
-            if self._audited:
+            if replica in self._audited:
                 with torch.no_grad():
                     scale = noised.scale[replica].expand_as(x[replica])
                     keep = scale > 0
@@ -239,3 +237,7 @@ class Injection:
         for replica in active:
             self._draw(replica, path, z[replica])
         return z.to(x.device, x.dtype)
+
+
+def _unshadow(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+    module.__dict__.pop("weight", None)

@@ -24,7 +24,7 @@ from aqn_tune.report.text import plain, spread
 from aqn_tune.study.scenario import During, Scenario
 
 WIDTH, HEIGHT = 620.0, 400.0
-LEFT, RIGHT, TOP, BOTTOM = 62.0, 14.0, 58.0, 62.0
+LEFT, RIGHT, TOP, BOTTOM = 62.0, 14.0, 50.0, 72.0
 STYLES = {"fault_only": 0, "clean": 1, "global": 2, "targeted": 3, "healthy": 4, "random": 5}
 """Colour and marker of the controls, the same in every chart; further arms take the next ones."""
 
@@ -92,7 +92,11 @@ def curve_svg(results: Results, during: During, quantity: Quantity) -> str:
     parts = [*_frame(y, quantity), *_below(pairs, places)]
     for number, (label, value) in enumerate(references):
         parts.append(draw.line(LEFT, y(value), WIDTH - RIGHT, y(value), f"reference r{number}"))
-        parts.append(draw.text(LEFT + 6, y(value) - 4, label, "small faint"))
+        # The clean arm's line meets the curves on the left, where the fault is mild.
+        if number == 0:
+            parts.append(draw.text(LEFT + 6, y(value) - 4, label, "small faint"))
+        else:
+            parts.append(draw.text(WIDTH - RIGHT - 4, y(value) - 4, label, "small faint", "end"))
     for position, (name, style) in enumerate(arms.items()):
         shift = (position - (len(arms) - 1) / 2) * 3.2
         parts += _draw_series(series[name], [x + shift for x in places], y, style)
@@ -191,9 +195,8 @@ def _below(
         regime = str(evidence.regime.regime)
         parts.append(draw.dot(x, floor, 4, f"regime {regime}"))
         if x - taken >= 68:
-            parts.append(
-                draw.text(x, floor + 32, fault_text(evidence, "affected_fraction"), "small faint", "middle")
-            )
+            share = fault_text(evidence, "affected_fraction")
+            parts.append(draw.text(x, floor + 32, share, "small faint", "middle"))
             parts.append(draw.text(x, floor + 45, regime, f"small {regime}", "middle"))
             taken = x
     axis = f"{keys.pop()} (below: values affected, regime)" if numeric else "scenario"

@@ -16,7 +16,7 @@ from aqn_tune.ledger.rows import CellRow, EvaluationRow, LedgerRow, SearchRow, T
 from aqn_tune.report.text import Spread, count, spread
 from aqn_tune.study.cells import NotAvailable, named_arms, resolve_run
 from aqn_tune.study.folder import StudyFolder
-from aqn_tune.study.scenario import Scenario
+from aqn_tune.study.scenario import During, Scenario
 from aqn_tune.study.schema import Study
 
 
@@ -121,6 +121,12 @@ class Results:
                 return row
         return None
 
+    def evaluation(
+        self, training_key: str, step: int, condition: str, scenario: str, split: str
+    ) -> EvaluationRow | None:
+        """Return one evaluation, None when it was not made."""
+        return self._evaluations.get((training_key, step, condition, scenario, split))
+
     def clean_evaluation(self, cell: CellResult) -> EvaluationRow | None:
         """Return the clean evaluation beside a confirmed cell's faulty one."""
         if cell.step is None:
@@ -170,12 +176,12 @@ class Results:
             found[key] = known
         return tuple(found.values())
 
-    @cached_property
-    def scenario_order(self) -> tuple[str, ...]:
+    @property
+    def during_values(self) -> tuple[During, ...]:
         """Values of `during` in the order of the study; each has tables and panels of its own."""
         return tuple(dict.fromkeys(scenario.spec.during for scenario in self.scenarios))
 
-    def evidence_of(self, during: str) -> tuple[tuple[Scenario, ScenarioEvidence], ...]:
+    def evidence_of(self, during: During) -> tuple[tuple[Scenario, ScenarioEvidence], ...]:
         """Return the scenarios in which the fault acts `during`, with their evidence."""
         by_name = {one.scenario: one for one in self.evidence.scenarios}
         return tuple(

@@ -55,13 +55,14 @@ def contrasts_table(results: Results, during: During) -> Table:
         Column("Holm p"),
         Column("sign-flip p (floor)"),
         Column("pairing gain"),
-        Column("wins/ties/losses"),
+        Column("wins / ties / losses"),
     )
     rows: list[tuple[Cell, ...]] = []
     notes: list[str] = []
     for scenario, evidence in results.evidence_of(during):
         for judged in evidence.contrasts:
-            rows.append((sweep_label(scenario), *_contrast_cells(judged)))
+            head = (sweep_label(scenario), contrast_label(judged))
+            rows.append((*head, *_contrast_cells(judged)))
             notes += _notes(f"{sweep_label(scenario)}, {contrast_label(judged)}", judged)
     explained = (
         "Improvement = loss of the reference − loss of the arm, so positive means that the arm is "
@@ -92,7 +93,7 @@ def _contrast_cells(judged: Judged) -> tuple[Cell, ...]:
         p_value(judged.holm_p),
         f"{p_value(one.sign_flip_p)} ({one.sign_flip_floor:.2g})",
         number(one.pairing_gain, 2),
-        f"{one.wins}/{one.ties}/{one.losses}",
+        f"{one.wins} / {one.ties} / {one.losses}",
     )
 
 

@@ -10,13 +10,12 @@ from typing import NamedTuple
 
 from pydantic import TypeAdapter
 
-from aqn_tune.ledger.rows import EvaluationRow, TrainingRow
 from aqn_tune.study.engine import RungReport
 from aqn_tune.study.keys import content_hash
 from aqn_tune.study.runs import Pack
 
-_EVALUATIONS = TypeAdapter(tuple[EvaluationRow, ...])
-_TRAININGS = TypeAdapter(tuple[TrainingRow, ...])
+REPORT = TypeAdapter(RungReport)
+"""Reads and writes reports as JSON."""
 
 
 class SavedState(NamedTuple):
@@ -40,12 +39,7 @@ def pack_hash(pack: Pack) -> str:
 
 def write_state(path: Path, pack: Pack, saved: SavedState) -> None:
     """Write a state file. It is replaced as a whole: a reader never finds half of one."""
-    header = {
-        "pack": pack_hash(pack),
-        "step": saved.report.step,
-        "evaluations": _EVALUATIONS.dump_python(saved.report.evaluations, mode="json"),
-        "trainings": _TRAININGS.dump_python(saved.report.trainings, mode="json"),
-    }
+    header = {"pack": pack_hash(pack), "report": REPORT.dump_python(saved.report, mode="json")}
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with new.open("wb") as file:
@@ -64,12 +58,7 @@ def read_state(path: Path, pack: Pack) -> SavedState | None:
         header = json.loads(file.readline())
         if header["pack"] != pack_hash(pack):
             return None
-        report = RungReport(
-            step=header["step"],
-            evaluations=_EVALUATIONS.validate_python(header["evaluations"]),
-            trainings=_TRAININGS.validate_python(header["trainings"]),
-        )
-        return SavedState(report, file.read())
+        return SavedState(REPORT.validate_python(header["report"]), file.read())
 
 
 def drop_state(path: Path) -> None:

@@ -6,20 +6,12 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
 from ray import tune
 
 from aqn_tune.errors import UserError
-from aqn_tune.ledger.rows import EvaluationRow, TrainingRow
-from aqn_tune.search.state import SavedState, read_state, state_path, write_state
+from aqn_tune.search.state import REPORT, SavedState, read_state, state_path, write_state
 from aqn_tune.study.engine import BaseArrays, Engine, PackTraining, RungReport
 from aqn_tune.study.runs import Pack, Setting
-
-_REPORT = TypeAdapter(RungReport)
-
-
-class WorkerError(BaseException):
-    """Carries an exception of the engine to the driver."""
 
 
 class PackTrainable(tune.Trainable):  # type: ignore[misc]
@@ -58,7 +50,6 @@ class PackTrainable(tune.Trainable):  # type: ignore[misc]
 
     def _start(self, config: dict[str, Any]) -> None:
         self._pack = Pack.model_validate_json(config["pack"])
-        self._repeat: RungReport | None = None
 
     def step(self) -> dict[str, Any]:
         """Train to the next rung; return its report, or the error that prevented it."""
@@ -71,7 +62,7 @@ class PackTrainable(tune.Trainable):  # type: ignore[misc]
                 "user_error": str(error) if isinstance(error, UserError) else "",
                 "traceback": traceback.format_exc(),
             }
-        return {"pack": self._pack.name, "report": _REPORT.dump_json(report).decode()}
+        return {"pack": self._pack.name, "report": REPORT.dump_json(report).decode()}
 
     def _advance(self) -> RungReport:
         path = state_path(self._state_folder, self._pack)
@@ -95,7 +86,4 @@ class PackTrainable(tune.Trainable):  # type: ignore[misc]
 
 def report_of(result: dict[str, Any]) -> RungReport:
     """Return the report in a result of `PackTrainable.step`."""
-    return _REPORT.validate_json(result["report"])
-
-
-__all__ = ["EvaluationRow", "PackTrainable", "TrainingRow", "report_of"]
+    return REPORT.validate_json(result["report"])

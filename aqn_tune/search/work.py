@@ -35,6 +35,11 @@ class Tally(NamedTuple):
     steps_left: float
     """Estimated replica-steps still to train."""
 
+    @property
+    def left(self) -> int:
+        """Trials that have not ended."""
+        return self.total - self.finished - self.stopped - self.failed
+
 
 class Work(Protocol):
     """The trials of a stage. Called by one thread, in the order in which things happen."""

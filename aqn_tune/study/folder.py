@@ -8,8 +8,17 @@ from typing import NamedTuple
 from aqn_tune.study.keys import content_hash
 from aqn_tune.study.schema import Study
 
-NOT_IDENTITY = {"compute", "output", "description"}
-"""Keys of a study that change no number, so that changing them continues the same folder."""
+NOT_IDENTITY: dict[str, bool | set[str]] = {
+    "compute": True,
+    "output": True,
+    "description": True,
+    "confirm": {"generation", "replicates"},
+}
+"""Keys of a study that change no recorded number, so that changing them continues the same folder.
+
+A new generation of confirm seeds, of another size, is such a change: it adds to the search and the
+generations before it, which the lock keeps apart.
+"""
 
 
 def study_hash(study: Study) -> str:

@@ -112,7 +112,7 @@ class ReplicaPack:
         batch = self._next_batch()
         replicas = len(self.runs)
         self.injection.begin(
-            batch.valid.view(replicas, -1), step=self.step, audited=self._is_audited(self.step)
+            batch.valid.view(replicas, -1), step=self.step, audited=self._audited(self.step)
         )
         losses = self._replica_losses(batch)
         # A sum, not a mean: each replica's gradient must not depend on how many share the pack.
@@ -149,13 +149,14 @@ class ReplicaPack:
         stream, *place = path
         self._normal.fill(out, self.runs[replica].seed, stream, self.step, *place)
 
-    def _is_audited(self, step: int) -> bool:
-        """Audit the first step of every sigma: a wrong stage, layer or scale shows there."""
-        return any(
-            run.noise is not None
+    def _audited(self, step: int) -> frozenset[int]:
+        """Return the replicas to audit: at the first step of each sigma, where any mistake shows."""
+        return frozenset(
+            replica
+            for replica, run in enumerate(self.runs)
+            if run.noise is not None
             and run.noise.sigma[step] > 0
             and (step == 0 or run.noise.sigma[step] != run.noise.sigma[step - 1])
-            for run in self.runs
         )
 
     # -- what was injected -------------------------------------------------------------------------

@@ -1,0 +1,180 @@
+"""`aqn-tune run`: search, confirmation and report, in the folder of the study."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import typer
+
+from aqn_tune.cli.options import Json, Overrides, Quiet, StudyFile, Verbose
+from aqn_tune.cli.output import ProgressLine, set_verbosity
+from aqn_tune.errors import UserError
+from aqn_tune.study.folder import StudyFolder, study_folder, study_hash
+from aqn_tune.study.loading import layer_count, load_study, make_setting, resolve_scenarios
+
+if TYPE_CHECKING:
+    from aqn_tune.ledger import Ledger
+    from aqn_tune.study.engine import Engine
+    from aqn_tune.study.schema import Study
+
+Fresh = Annotated[
+    bool,
+    typer.Option("--fresh", help="Start anew; the folder that is there is renamed, never deleted."),
+]
+
+
+class Outcome(NamedTuple):
+    """What became of a run."""
+
+    folder: StudyFolder
+    failed: int
+    """Failed trainings that serve a control, an own arm or a finalist."""
+    failed_configs: int
+    """Failed trainings of search configs: they rank last, and cost the study nothing else."""
+
+
+def command(
+    study: StudyFile,
+    overrides: Overrides = None,
+    fresh: Fresh = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Search, confirm and report. Interrupted or run again, it continues where it was.
+
+    Exits with 1 when a training of an arm failed; the report is written all the same.
+    """
+    from aqn_tune.cli.report import show_results
+
+    set_verbosity(verbose)
+    loaded = load_study(study, overrides or ())
+    with ProgressLine(quiet=quiet) as progress:
+        from aqn_tune.training.engine import ENGINE
+
+        outcome = run_study(loaded, engine=ENGINE, progress=progress, fresh=fresh)
+    show_results(outcome.folder, json=json, quiet=quiet)
+    if outcome.failed_configs:
+        progress.note(f"{outcome.failed_configs} trainings of search configs failed; see the report")
+    if outcome.failed:
+        typer.secho(f"{outcome.failed} trainings failed; see the report", fg="red", err=True)
+        raise typer.Exit(1)
+
+
+def run_study(
+    study: Study, *, engine: Engine, progress: ProgressLine, fresh: bool = False
+) -> Outcome:
+    """Bring a study to its report: whatever of it is not in its ledger yet is run.
+
+    Raises UserError before anything is written when the model or the data cannot be used, and
+    Interrupted when it was asked to end; running it again continues.
+    """
+    setting = make_setting(study)
+    scenarios = resolve_scenarios(study)
+    study.task.splits()  # a row that cannot be read ends the run here, with nothing written
+    folder = study_folder(study)
+    if fresh:
+        set_aside(folder.root)
+    _check_folder(folder, study)
+    from aqn_tune.confirm.runner import run_confirm
+    from aqn_tune.ledger import Ledger
+    from aqn_tune.report import write_report
+    from aqn_tune.report.manifest import write_manifest
+    from aqn_tune.report.tensorboard import TensorBoardWriter
+    from aqn_tune.search.ranking import finalists
+    from aqn_tune.search.runner import run_search
+    from aqn_tune.study.calibration import update_calibration
+
+    with _locked(folder):
+        write_study(study, folder)
+        write_manifest(folder, study, setting)
+        layers = layer_count(study.model)
+        board = TensorBoardWriter(folder, study)
+        try:
+            if study.search is not None:
+                run_search(
+                    study,
+                    setting,
+                    scenarios,
+                    folder,
+                    layer_count=layers,
+                    engine=engine,
+                    listeners=(board.write,),
+                    progress=progress,
+                )
+            ledger = Ledger(folder.ledger)
+            run_confirm(
+                study,
+                setting,
+                scenarios,
+                folder,
+                [each for scenario in scenarios for each in finalists(ledger, scenario, study)],
+                layer_count=layers,
+                engine=engine,
+                listeners=(board.write,),
+                progress=progress,
+            )
+        finally:
+            board.close()
+        update_calibration(study, setting, folder)
+        write_manifest(folder, study, setting)
+        write_report(folder)
+    return count_failures(folder, Ledger(folder.ledger))
+
+
+def count_failures(folder: StudyFolder, ledger: Ledger) -> Outcome:
+    """Return the outcome of a study from its ledger."""
+    arms = {row.training_key for row in ledger.cells.values() if row.arm != row.config}
+    failed = {key for key, row in ledger.trainings.items() if row.status == "failed"}
+    return Outcome(folder, failed=len(failed & arms), failed_configs=len(failed - arms))
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Rename a study's folder to `<name>.old-N` and return the new name; None when there is none."""
+    if not folder.exists():
+        return None
+    with _locked(StudyFolder(folder)):
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+            number += 1
+        folder.rename(aside)
+    return aside
+
+
+def write_study(study: Study, folder: StudyFolder) -> None:
+    """Write the resolved study into its folder, so that everything else can be redone from there."""
+    import yaml
+
+    folder.root.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    temporary = folder.study.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(folder.study)
+
+
+def _check_folder(folder: StudyFolder, study: Study) -> None:
+    """Refuse a folder that holds another study (equal name and first 8 digits, or a changed file)."""
+    if not folder.study.exists():
+        if folder.root.exists() and any(p.name != ".lock" for p in folder.root.iterdir()):
+            raise UserError(f"{folder.root}: not the folder of a study; move it away, or use --fresh")
+        return
+    from aqn_tune.report.results import load_study_file
+
+    if study_hash(load_study_file(folder)) != study_hash(study):
+        raise UserError(f"{folder.root}: holds another study than this one; use --fresh")
+
+
+@contextmanager
+def _locked(folder: StudyFolder) -> Iterator[None]:
+    """Keep a second run out of a folder: two writers would spoil the ledger."""
+    from filelock import FileLock, Timeout
+
+    folder.root.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder.root / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"{folder.root}: another run works in this folder; wait for it") from None

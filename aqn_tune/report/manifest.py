@@ -1,0 +1,129 @@
+"""`manifest.json`: what a study was run with: versions, hashes, machine, times."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from aqn_tune.report.files import replace_text
+from aqn_tune.study.folder import StudyFolder, study_hash
+from aqn_tune.study.runs import Setting
+from aqn_tune.study.schema import Study
+
+MANIFEST_FORMAT = 1
+"""Raised when a key of `manifest.json` changes its meaning or goes away."""
+
+PACKAGES = (
+    "torch", "transformers", "peft", "tokenizers", "safetensors", "ray", "optuna", "numpy", "scipy",
+    "pyarrow", "pydantic", "tensorboard",
+)  # fmt: skip
+
+
+def write_manifest(folder: StudyFolder, study: Study, setting: Setting) -> None:
+    """Write the manifest of a study that begins or continues.
+
+    The time of the first start and the versions of earlier starts stay: a study continued with
+    other versions lists both.
+    """
+    now = _now()
+    earlier = read_manifest(folder)
+    content: dict[str, Any] = {
+        "format": MANIFEST_FORMAT,
+        "study": study.study,
+        "study_hash": study_hash(study),
+        "model": setting.model.model_dump(mode="json"),
+        "model_fingerprint": setting.model_fingerprint,
+        "started": earlier.get("started", now),
+        "finished": None,
+        "starts": [*earlier.get("starts", []), {"at": now, **_environment()}],
+    }
+    folder.root.mkdir(parents=True, exist_ok=True)
+    _write(folder, content)
+
+
+def finish_manifest(folder: StudyFolder) -> None:
+    """Note the time at which the study ended; a folder without a manifest stays without one."""
+    content = read_manifest(folder)
+    if content:
+        _write(folder, {**content, "finished": _now()})
+
+
+def read_manifest(folder: StudyFolder) -> dict[str, Any]:
+    """Return the manifest, empty when there is none."""
+    if not folder.manifest.is_file():
+        return {}
+    content: dict[str, Any] = json.loads(folder.manifest.read_text(encoding="utf-8"))
+    return content
+
+
+def _write(folder: StudyFolder, content: dict[str, Any]) -> None:
+    replace_text(folder.manifest, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "aqn_tune": version_of("aqn_tune"),
+        "code_hash": code_hash(),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "packages": {name: version_of(name) for name in PACKAGES},
+    }
+
+
+def version_of(package: str) -> str | None:
+    """Return the installed version of a package without importing it, None when it is absent."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@lru_cache(maxsize=1)
+def code_hash() -> str:
+    """Return a 16-digit hash of every Python file of the installed package and its place in it."""
+    root = Path(__file__).resolve().parents[1]
+    return hash_files(root, root.rglob("*.py"))
+
+
+def hash_files(root: Path, files: Iterable[Path]) -> str:
+    """Return a 16-digit hash of files by content and by place below `root`, whatever their order."""
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0")
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def _commit() -> str | None:
+    """Return the git commit that the package lies in, with `+` when files differ; None without git."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = _git(root, "rev-parse", "HEAD")
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changed else "")
+
+
+def _git(root: Path, *arguments: str) -> str:
+    result = subprocess.run(
+        ["git", "-C", str(root), *arguments], check=True, capture_output=True, text=True
+    )
+    return result.stdout.strip()
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

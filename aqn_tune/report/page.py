@@ -1,0 +1,174 @@
+"""The report page, as HTML and as Markdown, from the same tables."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+from aqn_tune.evidence.regimes import Regime
+from aqn_tune.evidence.verdicts import Verdict
+from aqn_tune.report.curve import EXACT_MATCH, LOSS, curve_svg
+from aqn_tune.report.forest import forest_svg
+from aqn_tune.report.record_tables import cost_table, failed_table, missing_table, search_table
+from aqn_tune.report.results import Results, cell_id
+from aqn_tune.report.scenario_tables import (
+    DURING,
+    arms_table,
+    fault_text,
+    recovery_table,
+    scenario_table,
+    sweep_label,
+)
+from aqn_tune.report.table import Mark, Table, escape
+from aqn_tune.report.text import count, percent
+from aqn_tune.report.verdict_tables import (
+    GIVEN_THE_TEST_SET,
+    contrast_label,
+    contrasts_table,
+    detectable_text,
+    legend_table,
+    luck_table,
+    verdict_mark,
+)
+from aqn_tune.study.folder import study_hash
+from aqn_tune.study.scenario import During
+
+CAUTION = {
+    Regime.HARMLESS: "the fault costs next to nothing here, so there is nothing to win",
+    Regime.CATASTROPHIC: "worse than not training at all; a better arm may still be useless here",
+    Regime.UNDETERMINED: "the regime is unknown",
+}
+
+
+class Answer(NamedTuple):
+    """What the study says about one scenario."""
+
+    scenario: str
+    regime: Mark
+    affected: str
+    verdicts: tuple[tuple[str, Mark], ...]
+    """Each primary contrast with its verdict."""
+    conclusion: str
+    """The sentence of the decision matrix, empty when the study declares none."""
+    caution: str
+    """Why the regime limits what can be said; empty in a degrading one."""
+
+
+class Part(NamedTuple):
+    """Everything about the scenarios in which the fault acts at the same time."""
+
+    title: str
+    answers: tuple[Answer, ...]
+    curves: tuple[str, ...]
+    scenarios: Table
+    forest: str
+    contrasts: Table | None
+    recovery: Table
+    arms: tuple[Table, ...]
+
+
+def tally(results: Results) -> str:
+    """Return how often each verdict was given, every symbol with its word."""
+    given = Counter(one.verdict for each in results.evidence.scenarios for one in each.contrasts)
+    total = count(sum(given.values()), "primary contrast")
+    return f"{total}: " + ", ".join(f"{given[v]} {v.word} ({v.value})" for v in Verdict)
+
+
+def answers(results: Results, during: During) -> tuple[Answer, ...]:
+    """Return one answer per scenario; nothing before the confirmation is complete."""
+    if not results.makes_claims:
+        return ()
+    return tuple(
+        Answer(
+            scenario=sweep_label(scenario),
+            regime=Mark(str(evidence.regime.regime), str(evidence.regime.regime)),
+            affected=fault_text(evidence, "affected_fraction"),
+            verdicts=tuple(
+                (contrast_label(one), verdict_mark(one.verdict)) for one in evidence.contrasts
+            ),
+            conclusion=evidence.decision.say if evidence.decision else "",
+            caution=CAUTION.get(evidence.regime.regime, ""),
+        )
+        for scenario, evidence in results.evidence_of(during)
+    )
+
+
+def _part(results: Results, during: During) -> Part:
+    claims = results.makes_claims
+    pairs = results.evidence_of(during)
+    curves = tuple(curve_svg(results, during, quantity) for quantity in (LOSS, EXACT_MATCH))
+    return Part(
+        title=DURING[during].capitalize(),
+        answers=answers(results, during),
+        curves=tuple(curve for curve in curves if curve),
+        scenarios=scenario_table(results, during),
+        forest=forest_svg(results, during) if claims else "",
+        contrasts=contrasts_table(results, during) if claims else None,
+        recovery=recovery_table(results, during),
+        arms=tuple(arms_table(results, scenario, evidence) for scenario, evidence in pairs),
+    )
+
+
+def context(results: Results) -> dict[str, Any]:
+    """Return what the templates print."""
+    study, declared = results.study, results.evidence.declared
+    confirmed = any(cell.stage == "confirm" for cell in results.cells)
+    records = (
+        luck_table(results) if results.makes_claims else None,
+        search_table(results),
+        failed_table(results),
+        missing_table(results),
+        cost_table(results),
+    )
+    example = next(
+        (cell_id(c) for c in results.cells if c.stage == "confirm" and c.arm == "fault_only"),
+        next((cell_id(cell) for cell in results.cells), "confirm/SCENARIO/ARM/REPLICATE"),
+    )
+    return {
+        "study": study,
+        "hash": study_hash(study),
+        "lock_hash": results.lock_hash,
+        "gaps": results.gaps,
+        "claims": results.makes_claims,
+        "confirmed": confirmed,
+        "tally": tally(results) if results.makes_claims else "",
+        "margin": percent(declared.margin_share, 1),
+        "alpha": f"{declared.alpha:g}",
+        "seeds": count(declared.replicates, "fresh seed"),
+        "generation": declared.generation,
+        "detectable": detectable_text(results),
+        "given_the_test_set": GIVEN_THE_TEST_SET,
+        "legend": legend_table(),
+        "parts": tuple(_part(results, during) for during in results.during_values),
+        "records": tuple(table for table in records if table is not None),
+        "rerun": f"aqn-tune rerun {results.folder.root} {example}",
+        "tensorboard": f"tensorboard --logdir {results.folder.tensorboard}",
+    }
+
+
+def render_html(values: dict[str, Any]) -> str:
+    """Return the page: one file, no scripts, nothing loaded from elsewhere."""
+    return str(_environment(html=True).get_template("report.html.j2").render(values))
+
+
+def render_markdown(values: dict[str, Any]) -> str:
+    """Return the same report as GitHub Markdown, without the charts."""
+    return str(_environment(html=False).get_template("report.md.j2").render(values))
+
+
+def _environment(*, html: bool) -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=PackageLoader("aqn_tune.report"),
+        autoescape=html,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["svg"] = Markup
+    environment.filters["md"] = escape
+    environment.tests["mark"] = lambda cell: isinstance(cell, Mark)
+    return environment

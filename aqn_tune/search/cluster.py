@@ -1,0 +1,108 @@
+"""Starting Ray on this machine, or joining a cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from aqn_tune.errors import UserError
+from aqn_tune.study.schema import ComputeSpec
+
+_ONE_THREAD = {
+    name: "1"
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+}
+WORKER_ENV = {**_ONE_THREAD, "TOKENIZERS_PARALLELISM": "false"}
+"""Environment of every worker. One thread: several packs share a machine, and numbers must not depend
+on how many cores it has."""
+
+QUIET_ENV = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+"""Environment of the driver while Ray runs: no usage statistics, no output of its own, no snapshots
+of a state that is in the ledger already."""
+
+
+@contextmanager
+def ray_session(compute: ComputeSpec) -> Iterator[None]:
+    """Have Ray running inside the block; within another session it does nothing.
+
+    Without an address Ray is started on this machine with a slot per worker and ended afterwards.
+    With one the cluster is joined, and left running. Raises UserError when it cannot be reached.
+    """
+    _set_quiet()
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    for name in ("ray", "ray.tune", "ray.train", "ray.air"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if compute.address is None:
+        ray.init(
+            num_cpus=max(1, round(worker_count(compute) * compute.cpus_per_worker)),
+            num_gpus=None if compute.gpus_per_worker else 0,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.CRITICAL,
+            configure_logging=False,
+            runtime_env={"env_vars": WORKER_ENV},
+        )
+    else:
+        _join(compute.address)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _set_quiet() -> None:
+    """Set what Ray reads from the environment, some of it when it is imported."""
+    os.environ.update(QUIET_ENV)
+
+
+def _join(address: str) -> None:
+    import ray
+
+    # An explicit address is joined without the token that `ray start` made, unless told to use it.
+    if "RAY_AUTH_MODE" not in os.environ and (Path.home() / ".ray" / "auth_token").exists():
+        os.environ["RAY_AUTH_MODE"] = "token"
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.CRITICAL,
+            configure_logging=False,
+            runtime_env={"env_vars": WORKER_ENV},
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"compute.address: cannot join the Ray cluster at {address!r} ({first}); "
+            "is it running, and is its token in ~/.ray/auth_token?"
+        ) from error
+
+
+def worker_count(compute: ComputeSpec) -> int:
+    """Return how many trials run at a time; `auto` is one per `cpus_per_worker` cores available."""
+    if compute.workers != "auto":
+        return max(1, compute.workers)
+    if compute.address is None:
+        cores = float(len(os.sched_getaffinity(0)))
+    else:
+        import ray
+
+        cores = float(ray.cluster_resources().get("CPU", 1.0))
+    return max(1, int(cores / compute.cpus_per_worker))

@@ -1,0 +1,130 @@
+"""Running the work of a stage as trials of Ray Tune."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from aqn_tune.errors import Interrupted
+from aqn_tune.search.cluster import ray_session, worker_count
+from aqn_tune.search.progress import ProgressMeter, ProgressSink
+from aqn_tune.search.work import Work
+from aqn_tune.study.engine import Engine
+from aqn_tune.study.folder import StudyFolder
+from aqn_tune.study.runs import Setting
+from aqn_tune.study.schema import ComputeSpec
+from aqn_tune.study.seeds import Stage
+
+
+def execute(
+    work: Work,
+    *,
+    stage: Stage,
+    compute: ComputeSpec,
+    setting: Setting,
+    engine: Engine,
+    folder: StudyFolder,
+    progress: ProgressSink | None,
+) -> None:
+    """Run all of `work` and return when it is done.
+
+    Raises Interrupted on SIGINT or SIGTERM, after the trials have ended and with a ledger that the
+    next call continues; UserError for what the user can mend, wherever it was raised.
+    """
+    with ray_session(compute):
+        from ray import tune
+
+        from aqn_tune.search.driver import (
+            Driver,
+            DriverCallback,
+            DriverStopper,
+            LedgerScheduler,
+            StudySearcher,
+        )
+        from aqn_tune.search.trainable import PackTrainable
+
+        driver = Driver(work, ProgressMeter(stage, work, progress))
+        scratch = folder.root / "ray"
+        shutil.rmtree(scratch, ignore_errors=True)
+        resources: dict[str, float] = {"cpu": compute.cpus_per_worker}
+        if compute.gpus_per_worker:
+            resources["gpu"] = compute.gpus_per_worker
+        trainable = tune.with_resources(
+            tune.with_parameters(
+                PackTrainable,
+                base=dict(engine.load_base(setting)),
+                engine=engine,
+                setting=setting,
+                state_folder=str(folder.state),
+            ),
+            resources,
+        )
+        tuner = tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                search_alg=StudySearcher(driver),
+                scheduler=LedgerScheduler(driver),
+                num_samples=-1,
+                max_concurrent_trials=worker_count(compute),
+                reuse_actors=True,
+                trial_name_creator=_trial_name,
+                trial_dirname_creator=_trial_name,
+            ),
+            run_config=tune.RunConfig(
+                name=stage,
+                storage_path=str(scratch),
+                verbose=0,
+                callbacks=[DriverCallback(driver)],
+                stop=DriverStopper(driver),
+                failure_config=tune.FailureConfig(max_failures=compute.max_failures),
+                checkpoint_config=tune.CheckpointConfig(
+                    checkpoint_frequency=0, checkpoint_at_end=False
+                ),
+            ),
+        )
+        try:
+            with _signals(driver):
+                tuner.fit()
+        except Exception:
+            if driver.fatal is None:
+                raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        if driver.fatal is not None:
+            raise driver.fatal
+        if driver.stop_asked:
+            raise Interrupted(f"the {stage} was interrupted; run the study again to continue it")
+
+
+def _trial_name(trial: Any) -> str:
+    return str(trial.trial_id)
+
+
+@contextmanager
+def _signals(driver: Any) -> Iterator[None]:
+    """Let SIGINT and SIGTERM end the stage in order; a second one acts as it always would."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in caught}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        driver.stop_asked = True
+        restore()
+
+    for number in caught:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        restore()

@@ -1,0 +1,99 @@
+"""The search stage, from a study and its ledger to a longer ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from aqn_tune.ledger import Ledger
+from aqn_tune.search.execute import execute
+from aqn_tune.search.export import export_optuna
+from aqn_tune.search.progress import ProgressSink
+from aqn_tune.search.record import Recorder, RowListener
+from aqn_tune.search.rungs import rung_steps
+from aqn_tune.search.search_work import SearchWork
+from aqn_tune.search.state import drop_other_states
+from aqn_tune.search.work import FixedPacks
+from aqn_tune.study.cells import base_pack, make_packs, stage_cells, unique_runs
+from aqn_tune.study.engine import Engine
+from aqn_tune.study.folder import StudyFolder
+from aqn_tune.study.runs import Pack, Setting
+from aqn_tune.study.scenario import Scenario
+from aqn_tune.study.schema import Study
+
+
+def run_search(
+    study: Study,
+    setting: Setting,
+    scenarios: Sequence[Scenario],
+    folder: StudyFolder,
+    *,
+    layer_count: int,
+    engine: Engine,
+    listeners: Iterable[RowListener] = (),
+    progress: ProgressSink | None = None,
+) -> None:
+    """Run the search of a study, or what is left of it; a study without one does nothing.
+
+    Controls come first and are never stopped; then configs, one Optuna study and one ASHA rung table
+    per scenario. Everything that happens is in the ledger of `folder`, nothing else is needed to
+    continue. At the end the Optuna studies are exported to `folder.optuna`.
+
+    `listeners` are given rows as they are written. Call it inside `ray_session` to share Ray with the
+    confirmation; by itself it starts and ends Ray, and only when there is something to run. Raises
+    Interrupted on SIGINT or SIGTERM, UserError for what the user can mend.
+    """
+    if study.search is None or study.search.configs == 0:
+        return
+    recorder = Recorder(Ledger(folder.ledger), folder.root, listeners)
+    controls = FixedPacks(
+        control_packs(study, setting, scenarios, recorder, layer_count=layer_count),
+        setting=setting,
+        recorder=recorder,
+        state=folder.state,
+    )
+    work = SearchWork(
+        study,
+        setting,
+        scenarios,
+        layer_count=layer_count,
+        controls=controls,
+        recorder=recorder,
+        state=folder.state,
+    )
+    drop_other_states(folder.state, "search", work.waiting)
+    if work.tally().left:
+        execute(
+            work,
+            stage="search",
+            compute=study.compute,
+            setting=setting,
+            engine=engine,
+            folder=folder,
+            progress=progress,
+        )
+    export_optuna(folder.optuna, study.search.space, scenarios, recorder.ledger)
+
+
+def control_packs(
+    study: Study,
+    setting: Setting,
+    scenarios: Sequence[Scenario],
+    recorder: Recorder,
+    *,
+    layer_count: int,
+) -> tuple[Pack, ...]:
+    """Record the cells of the controls and return their packs, after the untrained base."""
+    if study.search is None:
+        raise ValueError("the study has no search")
+    cells = stage_cells(study, setting, scenarios, stage="search", layer_count=layer_count).cells
+    recorder.cells(cells)
+    clean = next(cell.run for cell in cells if cell.arm == "clean")
+    packs = make_packs(
+        unique_runs(cells),
+        stage="search",
+        prefix="control",
+        size=study.compute.pack_replicas,
+        rungs=rung_steps(study.search, study.training.steps),
+        split="validation",
+    )
+    return (base_pack(clean, scenarios, stage="search", split="validation"), *packs)

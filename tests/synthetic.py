@@ -1,0 +1,266 @@
+"""A training engine with a closed-form objective, for studies that take seconds and have a known answer.
+
+Noise on the faulty layers lowers the faulty loss by `effect` times the share of the noise's energy
+that falls on them: `targeted` gets all of it, `global` one layer's worth, `healthy` nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from aqn_tune.ledger.rows import Audit, EvaluationRow, FaultMeasure, TrainingRow
+from aqn_tune.study.cells import Finalist
+from aqn_tune.study.engine import BaseArrays, Engine, RungReport
+from aqn_tune.study.folder import StudyFolder
+from aqn_tune.study.layers import resolve_layers
+from aqn_tune.study.runs import Condition, Pack, Run, Setting
+from aqn_tune.study.scenario import Scenario, ScenarioSpec
+from aqn_tune.study.schema import Study
+from aqn_tune.study.seeds import stream_seed
+
+LAYERS = 28
+
+
+class Behaviour(NamedTuple):
+    """What the engine does beside computing its objective."""
+
+    effect: float = 0.3
+    """Loss that noise on exactly the faulty layers saves."""
+    noise_sd: float = 0.01
+    """Standard deviation of what no arm shares."""
+    offsets: tuple[tuple[str, float], ...] = ()
+    """Added to every faulty loss of a scenario."""
+    late: float = 0.0
+    """Added to the loss in proportion to the steps taken: a metric that worsens with training."""
+    nan_above: float = math.inf
+    """Runs whose first sigma lies above it diverge in their first steps."""
+    die_at: int = -1
+    """The worker is killed at this step, as long as `flag` does not exist."""
+    raise_in: str = ""
+    """Packs whose name starts with it raise."""
+    flag: str = ""
+    log: str = ""
+    """File that gets a line `pack step pid` per rung trained."""
+    sleep: float = 0.0
+    """Seconds per rung."""
+
+
+def engine(behaviour: Behaviour = Behaviour()) -> Engine:  # noqa: B008
+    """Return an engine that behaves like this."""
+    return Engine(load_base=load_base, open_pack=functools.partial(Synthetic, behaviour=behaviour))
+
+
+def load_base(setting: Setting) -> BaseArrays:
+    """Return a base that must come back unchanged."""
+    return {"weight": np.arange(64, dtype=np.float32)}
+
+
+class Synthetic:
+    """A `PackTraining`. Its state is a random walk per run, so that a lost state changes results."""
+
+    def __init__(
+        self, pack: Pack, setting: Setting, base: BaseArrays, *, behaviour: Behaviour
+    ) -> None:
+        self.pack, self.setting, self.base, self.behaviour = pack, setting, base, behaviour
+        self.keys = [run.training_key(setting) for run in pack.runs]
+        self.walk = [0.0] * len(pack.runs)
+        self.failed = [False] * len(pack.runs)
+        self.index = 0
+
+    def advance(self) -> RungReport:
+        step = self.pack.rungs[self.index]
+        first = self.pack.rungs[self.index - 1] if self.index else 0
+        behave = self.behaviour
+        if behave.raise_in and self.pack.name.startswith(behave.raise_in):
+            raise RuntimeError("no such kernel")
+        if behave.sleep:
+            time.sleep(behave.sleep)
+        if behave.die_at == step and not Path(behave.flag).exists():
+            Path(behave.flag).touch()
+            os.kill(os.getpid(), 9)
+        if behave.log:
+            with open(behave.log, "a", encoding="utf-8") as file:
+                file.write(f"{self.pack.name} {step} {os.getpid()}\n")
+        trainings, evaluations = [], []
+        for k, (run, key) in enumerate(zip(self.pack.runs, self.keys, strict=True)):
+            was_failed = self.failed[k]
+            self.failed[k] |= step > 0 and _sigma(run) > behave.nan_above
+            for t in range(first, step):
+                self.walk[k] += 1e-3 * _normal(run.seed, "walk", t)
+            if not self.failed[k]:
+                evaluations += [self._evaluate(k, run, key, step, c) for c in run.conditions]
+            last = step == self.pack.rungs[-1]
+            status = "failed" if self.failed[k] else "finished" if last else "unfinished"
+            if was_failed:
+                first = step
+            trainings.append(
+                TrainingRow(
+                    training_key=key,
+                    stage=self.pack.stage,
+                    seed=run.seed,
+                    steps=run.training.steps,
+                    step_reached=first if self.failed[k] else step,
+                    status=status,
+                    error="loss is not finite" if self.failed[k] else "",
+                    seconds=0.01 + time.monotonic() % 1e-3,
+                    pack=self.pack.name,
+                    pack_size=len(self.pack.runs),
+                    train_losses=tuple(1.0 / (t + 1) for t in range(first, step)),
+                    audit=None if self.failed[k] else Audit(),
+                    adapter=self._export(key) if status == "finished" else "",
+                )
+            )
+        self.index += 1
+        return RungReport(step, tuple(evaluations), tuple(trainings))
+
+    def _export(self, key: str) -> str:
+        folder = self.pack.export.get(key, "")
+        if folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _evaluate(self, k: int, run: Run, key: str, step: int, to: Condition) -> EvaluationRow:
+        loss = objective(run, step, to, self.behaviour) + self.walk[k]
+        return EvaluationRow(
+            training_key=key,
+            step=step,
+            final=step == self.pack.rungs[-1] and step > 0,
+            condition=to.name,
+            scenario=to.scenario,
+            split=self.pack.split,
+            rows=100,
+            loss=loss,
+            exact_match=math.exp(-loss),
+            faults=tuple(
+                FaultMeasure(
+                    kind=fault.kind, calls=1, sites=1, affected_fraction=0.5, relative_error=0.1
+                )
+                for fault in to.faults
+            ),
+        )
+
+    def state(self) -> bytes:
+        return json.dumps([self.index, self.walk, self.failed]).encode()
+
+    def restore(self, state: bytes) -> None:
+        self.index, self.walk, self.failed = json.loads(state)
+
+    def close(self) -> None:
+        if not np.array_equal(self.base["weight"], np.arange(64)):
+            raise AssertionError("the base was written to")
+
+
+def objective(run: Run, step: int, to: Condition, behaviour: Behaviour) -> float:
+    """Return the loss of a run: falls from 3 towards 1, plus the damage of the fault that is left."""
+    progress = step / run.training.steps
+    seed_effect = 0.05 * _normal(run.seed, "seed") * progress
+    own = behaviour.noise_sd * progress * _normal(run.seed, _digest(run), step, to.name, to.scenario)
+    clean = 1.0 + 2.0 * math.exp(-3.0 * progress) + behaviour.late * progress
+    if to.name == "clean":
+        return clean + seed_effect + own
+    offset = dict(behaviour.offsets).get(to.scenario, 0.0)
+    damage = sum(2.0 * float(getattr(fault, "threshold", 0.1)) for fault in to.faults)
+    if run.faults:
+        damage *= 0.6
+    relief = behaviour.effect * _share_on_fault(run, to) * progress * (1.0 - abs(_sigma(run) - 0.05))
+    return clean + seed_effect + own + damage - relief + offset
+
+
+def _share_on_fault(run: Run, to: Condition) -> float:
+    if run.noise is None:
+        return 0.0
+    faulty = {n for fault in to.faults for n in resolve_layers(fault.layers, LAYERS)}
+    multipliers = run.noise.multipliers
+    on_fault = sum(m * m for layer, m in enumerate(multipliers) if layer in faulty)
+    return on_fault / run.noise.energy()
+
+
+def _sigma(run: Run) -> float:
+    return max(run.noise.sigma) if run.noise else 0.0
+
+
+def _digest(run: Run) -> str:
+    return run.model_copy(update={"conditions": ()}).model_dump_json()
+
+
+def _normal(seed: int, *path: str | int) -> float:
+    return random.Random(stream_seed(seed, *path)).gauss(0.0, 1.0)
+
+
+SPACE: dict[str, Any] = {
+    "dimensions": {
+        "sigma_start": {"kind": "float", "low": 0.005, "high": 0.2, "log": True},
+        "sigma_ratio": {"kind": "float", "low": 0.01, "high": 1.0, "log": True},
+        "targeting": {"kind": "choice", "values": ["global", "targeted", "healthy", "window"]},
+        "window_centre": {
+            "kind": "int", "low": 0, "high": 27, "when": {"targeting": ["window"]},
+        },
+        "window_width": {"kind": "int", "low": 1, "high": 9, "when": {"targeting": ["window"]}},
+    }
+}  # fmt: skip
+
+
+def make_study(output: Path | str, **changes: Any) -> Study:
+    """Return a small study: one fault layer, 8 configs, rungs at 5, 10 and 20 steps."""
+    spec: dict[str, Any] = {
+        "study": "synthetic",
+        "seed": 7,
+        "scenario": {
+            "faults": [{"kind": "dead_zone", "threshold": 0.1, "layers": [10]}],
+        },
+        "training": {"steps": 20, "warmup_steps": 2},
+        "search": {"space": SPACE, "configs": 8, "replicates": 2, "startup_configs": 3},
+        "confirm": {"finalists": 1, "replicates": 6},
+        "compute": {"workers": 1},
+        "output": str(output),
+    }
+    for key, value in changes.items():
+        spec[key] = {**spec[key], **value} if isinstance(spec.get(key), dict) else value
+    return Study.model_validate(spec)
+
+
+def make_scenarios(study: Study, thresholds: tuple[float, ...] = (0.1, 0.3)) -> tuple[Scenario, ...]:
+    """Return one scenario per threshold."""
+    made = []
+    for threshold in thresholds:
+        fault = study.scenario.faults[0].model_copy(update={"threshold": threshold})
+        spec = ScenarioSpec(faults=(fault,), during=study.scenario.during)
+        made.append(Scenario(f"both-threshold{threshold}", spec, {"threshold": threshold}))
+    return tuple(made)
+
+
+def make_setting(study: Study) -> Setting:
+    """Return a setting that no model file is read for."""
+    return Setting(model=study.model, task=study.task, model_fingerprint="synthetic")
+
+
+def run_synthetic(
+    study: Study,
+    folder: StudyFolder,
+    *,
+    thresholds: tuple[float, ...] = (0.1, 0.3),
+    behaviour: Behaviour = Behaviour(),  # noqa: B008
+) -> None:
+    """Run search and confirmation of a study on the synthetic objective, into `folder`."""
+    from aqn_tune.confirm.runner import run_confirm
+    from aqn_tune.ledger import Ledger
+    from aqn_tune.search.cluster import ray_session
+    from aqn_tune.search.ranking import finalists
+    from aqn_tune.search.runner import run_search
+
+    scenarios, setting = make_scenarios(study, thresholds), make_setting(study)
+    made = engine(behaviour)
+    with ray_session(study.compute):
+        run_search(study, setting, scenarios, folder, layer_count=LAYERS, engine=made)
+        ledger = Ledger(folder.ledger)
+        best: list[Finalist] = [f for s in scenarios for f in finalists(ledger, s, study)]
+        run_confirm(study, setting, scenarios, folder, best, layer_count=LAYERS, engine=made)

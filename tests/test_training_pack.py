@@ -1,0 +1,271 @@
+"""Replicas in lockstep: a run in a pack is the run alone, and both are what peft would train."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tests.tiny import CLEAN, LAYERS, noise, one_pack, save_tiny_model, tiny_setting, tiny_training
+
+from aqn_tune.faults import DeadZone, RelativeGaussian
+from aqn_tune.models.load import base_arrays, build_model, decoder_layers, load_tokenizer
+from aqn_tune.study.runs import Condition, Run
+from aqn_tune.study.seeds import stream_seed
+from aqn_tune.training.data import load_tokens
+from aqn_tune.training.engine import ENGINE
+from aqn_tune.training.learning_rate import learning_rate
+from aqn_tune.training.pack import ReplicaPack
+
+torch.set_num_threads(1)
+
+TRAINING = tiny_training(steps=20, warmup_steps=2)
+FAULT = DeadZone(layers=(1,), threshold=0.2, reference="tensor_max")
+FAULTY = Condition(name="faulty", scenario="s", faults=(FAULT,))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def mixed_runs() -> list[Run]:
+    """Runs that differ in everything that may differ inside a pack."""
+
+    def run(seed: int, faults=(FAULT,), policy=None, **changes) -> Run:
+        training = TRAINING.model_copy(update=changes)
+        effective = noise(training, policy) if policy else None
+        return Run(
+            training=training, faults=faults, noise=effective, seed=seed, conditions=(CLEAN, FAULTY)
+        )
+
+    harsher = FAULT.model_copy(update={"threshold": 0.4})
+    elsewhere = FAULT.model_copy(update={"layers": (2, 3)})
+    noisy_unit = RelativeGaussian(layers=(0, 2), scale=0.05)
+    return [
+        run(2, faults=()),
+        run(2),
+        run(2, policy={"targeting": "global"}),
+        run(4, policy={"targeting": "targeted"}),
+        run(4, faults=(harsher,), policy={"targeting": "healthy", "normalise": "energy"}),
+        run(6, faults=(elsewhere,), learning_rate=1e-3),
+        run(6, policy={"carrier": "rmsnorm_weight", "targeting": {"kind": "window", "centre": 2, "width": 2}}),
+        run(6, faults=(FAULT, noisy_unit), policy={"schedule": {"kind": "constant", "sigma": 0.02}}),
+    ]
+
+
+def train(folder: Path, runs: list[Run], *, dtype: str = "float32", steps: int = 20) -> ReplicaPack:
+    setting = tiny_setting(folder, dtype=dtype)
+    data = load_tokens(load_tokenizer(setting.model), setting.task.splits().train, 64)
+    pack = ReplicaPack(build_model(setting.model), runs, data)
+    pack.train_to(steps)
+    return pack
+
+
+def test_a_run_in_a_pack_equals_the_run_alone_bit_for_bit(folder: Path) -> None:
+    runs = mixed_runs()
+    together = train(folder, runs)
+    assert not together.failures
+    for index, run in enumerate(runs):
+        alone = train(folder, [run])
+        assert alone.train_losses[0] == together.train_losses[index], index
+        assert torch.equal(alone.arena.weights[0], together.arena.weights[index]), index
+        mine, theirs = alone.audit(0), together.audit(index)
+        assert mine == theirs.model_copy(update={}), index
+
+
+def test_neighbours_do_not_share_draws_data_or_reductions(folder: Path) -> None:
+    """Two seeds of one config differ; the same seed under another targeting shares data and init."""
+    runs = mixed_runs()
+    pack = train(folder, [runs[1], runs[2], runs[3]], steps=1)
+    assert pack.train_losses[0][0] == pack.train_losses[1][0]  # step 0 is noiseless: QeRL's warm-up
+    assert pack.train_losses[0][0] != pack.train_losses[2][0]
+
+
+def test_a_diverging_neighbour_fails_alone(folder: Path) -> None:
+    run = mixed_runs()[2]
+    # A learning rate that overflows float32 within the first steps.
+    wild = run.model_copy(update={"training": TRAINING.model_copy(update={"learning_rate": 1e38})})
+    pack = train(folder, [wild, run])
+    assert "not finite" not in pack.failures[0]
+    assert "nan" in pack.failures[0] or "inf" in pack.failures[0]
+    assert list(pack.failures) == [0]
+    assert pack.train_losses[1] == train(folder, [run]).train_losses[0]
+
+
+def true_float64_rmsnorm(self, hidden_states):  # noqa: ANN001, ANN201
+    """Qwen2RMSNorm without its cast to float32, which would hide or invent errors of 1e-8."""
+    variance = hidden_states.pow(2).mean(-1, keepdim=True)
+    return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon))
+
+
+def oracle_losses(folder: Path, run: Run, steps: int) -> list[float]:
+    """Train `run` with transformers and peft in float64, sharing no code with the pack but the draws."""
+    from peft import LoraConfig, get_peft_model
+
+    setting = tiny_setting(folder, dtype="float64")
+    tokenizer = load_tokenizer(setting.model)
+    spec = run.training
+    config = LoraConfig(
+        r=spec.method.rank, lora_alpha=spec.method.alpha, target_modules=list(spec.method.target_modules)
+    )
+    with torch.random.fork_rng():
+        model = get_peft_model(build_model(setting.model), config, autocast_adapter_dtype=False).double()
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            site = name.removeprefix("base_model.model.").removesuffix(".lora_A.default.weight")
+            generator = torch.Generator().manual_seed(stream_seed(run.seed, "init", site))
+            bound = 1 / math.sqrt(parameter.shape[1])
+            draw = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+            parameter.data = draw.double()
+    state = {"step": 0}
+
+    def draw(shape, *path):
+        generator = torch.Generator().manual_seed(stream_seed(run.seed, *path))
+        return torch.randn(shape, generator=generator).double()
+
+    def hook(layer: int):
+        def forward_hook(module, args, h):
+            step = state["step"]
+            sigma = run.noise.sigma[step] * run.noise.multipliers[layer] if run.noise else 0.0
+            flat = h.reshape(-1, h.shape[-1])
+            if sigma and run.noise.carrier.kind == "hidden":
+                z = draw(flat.shape, "noise", step, layer, str(layer))
+                flat = flat + sigma * flat.detach().abs() * z
+            for fault in run.faults:
+                if fault.kind == "dead_zone" and layer in fault.layers:
+                    peak = flat.detach()[state["valid"]].abs().max()
+                    flat = flat * (flat.detach().abs() >= fault.threshold * peak)
+            return flat.view_as(h)
+
+        return forward_hook
+
+    layers = decoder_layers(model)
+    for number, layer in enumerate(layers):
+        layer.register_forward_hook(hook(number))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=1.0, betas=(spec.beta1, spec.beta2), weight_decay=spec.weight_decay
+    )
+    rows = setting.task.splits().train
+    generator = torch.Generator().manual_seed(stream_seed(run.seed, "data", 0))
+    order = [*torch.randperm(len(rows), generator=generator).tolist()]
+    for epoch in (1, 2):
+        generator = torch.Generator().manual_seed(stream_seed(run.seed, "data", epoch))
+        order += torch.randperm(len(rows), generator=generator).tolist()
+    losses = []
+    for step in range(steps):
+        state["step"] = step
+        batch = [rows[i] for i in order[step * spec.batch_size : (step + 1) * spec.batch_size]]
+        prompts = [f"Question: {row.question}\nAnswer:" for row in batch]
+        texts = [f"{p} {row.answer}{tokenizer.eos_token}" for p, row in zip(prompts, batch, strict=True)]
+        encoded = tokenizer(texts, padding="max_length", max_length=64, return_tensors="pt")
+        labels = encoded["input_ids"].clone()
+        for i, text in enumerate(prompts):
+            labels[i, : len(tokenizer(text)["input_ids"])] = -100
+        labels[encoded["attention_mask"] == 0] = -100
+        state["valid"] = encoded["attention_mask"].flatten().bool()
+        # transformers' own loss casts the logits to float32.
+        logits = model(**encoded).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, spec.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(spec, step)
+        optimizer.step()
+    return losses
+
+
+@pytest.mark.parametrize("index", [0, 1, 2, 3, 4, 5])
+def test_a_pack_equals_transformers_and_peft_in_float64(
+    folder: Path, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To 1e-9 over 20 steps, loss by loss."""
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+    monkeypatch.setattr(Qwen2RMSNorm, "forward", true_float64_rmsnorm)
+    runs = mixed_runs()
+    pack = train(folder, runs[:6], dtype="float64")
+    expected = oracle_losses(folder, runs[index], 20)
+    assert pack.train_losses[index] == pytest.approx(expected, rel=0, abs=1e-9)
+
+
+def test_resume_in_a_new_pack_is_bit_identical(folder: Path) -> None:
+    runs = mixed_runs()[:4]
+    setting = tiny_setting(folder)
+    base = ENGINE.load_base(setting)
+    pack = one_pack(*runs, rungs=(5, 20))
+    straight = ENGINE.open_pack(pack, setting, base)
+    first, last = straight.advance(), straight.advance()
+    broken = ENGINE.open_pack(pack, setting, base)
+    broken.advance()
+    state = broken.state()
+    broken.close()
+    resumed = ENGINE.open_pack(pack, setting, base)
+    resumed.restore(state)
+    again = resumed.advance()
+    assert first.step == 5
+    assert again.evaluations == last.evaluations
+    untimed = [row.model_copy(update={"seconds": 0.0}) for row in last.trainings]
+    assert [row.model_copy(update={"seconds": 0.0}) for row in again.trainings] == untimed
+    assert {row.status for row in last.trainings} == {"finished"}
+
+
+def test_state_of_other_runs_is_refused(folder: Path) -> None:
+    runs = mixed_runs()
+    setting = tiny_setting(folder)
+    base = ENGINE.load_base(setting)
+    one = ENGINE.open_pack(one_pack(runs[0], rungs=(1, 20)), setting, base)
+    other = ENGINE.open_pack(one_pack(runs[1], rungs=(1, 20)), setting, base)
+    one.advance()
+    with pytest.raises(ValueError, match="other runs"):
+        other.restore(one.state())
+
+
+def test_full_fine_tuning_replicates_are_separate_and_leave_the_base_alone(folder: Path) -> None:
+    setting = tiny_setting(folder)
+    base = ENGINE.load_base(setting)
+    before = {name: array.copy() for name, array in base.items()}
+    for array in base.values():
+        array.setflags(write=False)
+    training = tiny_training(method={"kind": "full"}, learning_rate=1e-3)
+    runs = [
+        Run(training=training, faults=(FAULT,), seed=seed, conditions=(CLEAN, FAULTY))
+        for seed in (2, 4)
+    ]
+    report = ENGINE.open_pack(one_pack(*runs, rungs=(6,)), setting, base).advance()
+    assert [row.status for row in report.trainings] == ["finished", "finished"]
+    losses = {(e.training_key, e.condition): e.loss for e in report.evaluations}
+    assert len(set(losses.values())) == 4
+    for run in runs:
+        alone = ENGINE.open_pack(one_pack(run, rungs=(6,)), setting, base).advance()
+        assert {(e.training_key, e.condition): e.loss for e in alone.evaluations}.items() <= losses.items()
+    for name, array in base.items():
+        assert (array == before[name]).all()
+    assert report.trainings[0].audit.trainable_parameters == sum(a.size for a in base.values())
+
+
+def test_reused_base_arrays_give_the_same_numbers(folder: Path) -> None:
+    """A, B, A on one set of shared arrays equals A on fresh ones: nothing leaks between trials."""
+    setting = tiny_setting(folder)
+    shared = ENGINE.load_base(setting)
+    a, b = one_pack(mixed_runs()[2], rungs=(20,)), one_pack(mixed_runs()[4], rungs=(20,))
+    reports = [ENGINE.open_pack(pack, setting, shared).advance() for pack in (a, b, a)]
+    fresh = ENGINE.open_pack(a, setting, base_arrays(setting.model)).advance()
+    assert reports[0].evaluations == reports[2].evaluations == fresh.evaluations
+
+
+def test_adapter_targets_that_match_nothing_are_refused(folder: Path) -> None:
+    from aqn_tune.errors import UserError
+
+    method = {"kind": "lora", "rank": 2, "target_modules": ("q_prj",)}
+    run = mixed_runs()[0].model_copy(update={"training": tiny_training(method=method)})
+    with pytest.raises(UserError, match=r"'q_prj' matches no module; did you mean 'q_proj'"):
+        train(folder, [run], steps=1)
+
+
+def test_layer_count_of_the_tiny_model(folder: Path) -> None:
+    assert len(decoder_layers(build_model(tiny_setting(folder).model))) == LAYERS
