@@ -23,11 +23,11 @@ from aqn_tune.ledger.rows import (
 from aqn_tune.models.spec import ModelSpec
 from aqn_tune.study.cells import Cell, Finalist, config_cells, stage_cells, unique_runs
 from aqn_tune.study.folder import StudyFolder, study_folder
-from aqn_tune.study.sweep import resolve_scenarios
 from aqn_tune.study.runs import Run, Setting
 from aqn_tune.study.scenario import Scenario
 from aqn_tune.study.schema import Study
 from aqn_tune.study.space import Params
+from aqn_tune.study.sweep import resolve_scenarios
 from aqn_tune.tasks.word_problems import WordProblems
 
 LAYERS = 28
@@ -186,7 +186,7 @@ def _base(cells: Sequence[Cell], scenarios: Sequence[Scenario]) -> Iterator[Eval
 
 
 def search_rows(study: Study, scenarios: Sequence[Scenario]) -> Iterator[LedgerRow]:
-    """A search in which c000 wins, c001 finishes and c002 is stopped (fails in the last scenario)."""
+    """A search: c000 wins, c001 finishes, c002 is stopped and in the last scenario fails."""
     setting = make_setting(study)
     controls = stage_cells(study, setting, scenarios, stage="search", layer_count=LAYERS).cells
     yield from _cells(controls)
@@ -215,9 +215,7 @@ def _config(
         )
 
     yield event("asked", params=params)
-    cells = config_cells(
-        study, setting, scenario, config=config, params=params, layer_count=LAYERS
-    )
+    cells = config_cells(study, setting, scenario, config=config, params=params, layer_count=LAYERS)
     yield from _cells(cells)
     stopped = config == "c002"
     if stopped and scenario is scenarios[-1]:

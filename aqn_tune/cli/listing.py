@@ -1,4 +1,4 @@
-"""`aqn-tune list`: the kinds of faults, noise, targetings, schedules and tasks, from their schemas."""
+"""`aqn-tune list`: what a study may name, read from the schemas themselves."""
 
 from __future__ import annotations
 
@@ -72,14 +72,12 @@ def _show(title: str, kinds: Mapping[str, type[BaseModel]], json: bool) -> None:
     for name, entry in described.items():
         out.print(f"[bold cyan]{name}[/bold cyan]")
         out.print(entry["summary"], markup=False, soft_wrap=True)
-        rows = [
-            (p["name"], p["type"], p["default"], p["description"]) for p in entry["parameters"]
-        ]
+        rows = [(p["name"], p["type"], p["default"], p["description"]) for p in entry["parameters"]]
         out.print(table("", ("parameter", "allowed", "default", ""), rows) if rows else "")
 
 
 def describe(model: type[BaseModel]) -> dict[str, Any]:
-    """Return a kind's first sentence and its parameters: name, what is allowed, default, meaning."""
+    """Return a kind's summary and its parameters: name, what is allowed, default, meaning."""
     parameters = [
         {
             "name": name,

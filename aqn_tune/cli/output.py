@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rich.status import Status
     from rich.table import Table
 
+    from aqn_tune.search.progress import Progress
+
 PLAIN_SECONDS = 15.0
 """Seconds between two progress lines where standard error is no terminal."""
 
@@ -86,6 +88,20 @@ class ProgressLine:
             self._last = time.monotonic()
             self._console.print(text, markup=False, soft_wrap=True)
         self._text = text
+
+    def stage(self, moment: Progress) -> None:
+        """Show a moment of a stage: what is done, runs, was stopped, failed; the best so far."""
+        ended = moment.finished + moment.stopped + moment.failed
+        parts = [
+            f"{moment.stage} {ended}/{moment.total}",
+            f"{moment.running} running, {moment.stopped} stopped, {moment.failed} failed",
+        ]
+        if moment.best:
+            best = min(moment.best, key=lambda one: one.value)
+            parts.append(f"best {best.scenario} {best.config} {best.value:.4f}")
+        if moment.seconds_left is not None:
+            parts.append(f"{duration(moment.seconds_left)} left")
+        self("; ".join(parts))
 
     def note(self, text: str) -> None:
         """Print a line that stays."""

@@ -97,8 +97,8 @@ def _closing(plan: Plan) -> Iterator[str]:
     if plan.search is not None:
         rungs = ", ".join(str(step) for step in plan.rungs)
         yield (
-            f"search    {plan.configs} configs in each of {len(plan.scenarios)} scenarios beside the "
-            f"controls; rungs at steps {rungs}; {plan.search.cells} control cells share "
+            f"search    {plan.configs} configs in each of {len(plan.scenarios)} scenarios beside "
+            f"the controls; rungs at steps {rungs}; {plan.search.cells} control cells share "
             f"{plan.search.unique} trainings"
         )
     yield (
@@ -113,17 +113,18 @@ def _closing(plan: Plan) -> Iterator[str]:
         f"margin {100 * found.margin:g} % of the gain"
     )
     yield (
-        f"detects   {found.effect_sd:.2f} sd of the paired difference with power {found.power:g} at "
-        f"n = {found.replicates}, in the hardest place of the family (level {found.level:.2g}); "
+        f"detects   {found.effect_sd:.2f} sd of the paired difference with power {found.power:g} "
+        f"at n = {found.replicates}, in the hardest place of the family (level {found.level:.2g}); "
         f"the sign-flip p cannot fall below {found.floor:.2g}"
     )
     estimate = plan.estimate
     if estimate.seconds is None or estimate.most_seconds is None:
         yield "time      not measured (a first run records it)"
     else:
-        most = duration(estimate.most_seconds)
+        who = f"{plan.workers} at a time" if plan.workers else "one at a time (no cluster asked)"
         yield (
-            f"time      about {duration(estimate.seconds)} with {plan.workers} workers, at most "
-            f"{most}; {estimate.source}"
+            f"time      about {duration(estimate.seconds)}, at most "
+            f"{duration(estimate.most_seconds)}, {who}; {estimate.source}"
         )
-    yield f"disk      {'not measured' if estimate.bytes is None else 'about ' + size(estimate.bytes)}"
+    disk = "not measured" if estimate.bytes is None else f"about {size(estimate.bytes)}"
+    yield f"disk      {disk}"

@@ -19,7 +19,7 @@ def command(
 
     Works on a study that is still running, and says what is missing.
     """
-    from aqn_tune.report import write_report
+    from aqn_tune.report.write import write_report
 
     folder = find_target(target, overrides or ()).folder
     write_report(folder)
@@ -28,7 +28,7 @@ def command(
 
 def show_results(folder: StudyFolder, *, json: bool, quiet: bool) -> None:
     """Print what a study came to and where to read on, or verdict.json as it is."""
-    from aqn_tune.report import summary_text
+    from aqn_tune.report.summary import summary_text
 
     if json:
         import json as json_library
@@ -38,7 +38,7 @@ def show_results(folder: StudyFolder, *, json: bool, quiet: bool) -> None:
     if quiet:
         return
     out = console()
-    out.print(summary_text(folder), soft_wrap=True, markup=False)
+    out.print(summary_text(folder, markup=True), soft_wrap=True)
     out.print()
     out.print(f"report       {folder.report}", soft_wrap=True, markup=False)
     out.print(f"tensorboard  --logdir {folder.tensorboard}", soft_wrap=True, markup=False)

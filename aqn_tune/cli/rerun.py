@@ -45,6 +45,11 @@ class Compared:
         """Whether the two are the same number, bit for bit."""
         return self.recorded == self.again
 
+    @property
+    def mark(self) -> str:
+        """What the table says of it."""
+        return "=" if self.same else "DIFFERS"
+
 
 def command(
     folder: Folder,
@@ -67,19 +72,14 @@ def command(
         compared = rerun(study, ledger, cell, engine=ENGINE, progress=progress, with_pack=pack)
     different = sum(not item.same for item in compared)
     if json:
-        rows = [{**dataclasses.asdict(item), "same": item.same} for item in compared]
-        print_json({"cell": cell, "identical": not different, "losses": rows})
+        losses = [{**dataclasses.asdict(item), "same": item.same} for item in compared]
+        print_json({"cell": cell, "identical": not different, "losses": losses})
     elif not quiet:
         shown = [c for c in compared if c.what != "train loss" or not c.same]
+        rows = [(c.what, c.step, c.recorded, c.again, c.mark) for c in shown]
         columns = ("loss", "#step", "#recorded", "#again", "")
         out = console()
-        out.print(
-            table(
-                f"{cell}, trained again",
-                columns,
-                [(c.what, c.step, c.recorded, c.again, "=" if c.same else "DIFFERS") for c in shown],
-            )
-        )
+        out.print(table(f"{cell}, trained again", columns, rows))
         steps = sum(c.what == "train loss" for c in compared)
         verdict = f"{different} of {len(compared)} differ" if different else "all identical"
         out.print(f"{len(compared)} losses compared, {steps} of them training losses: {verdict}")
@@ -123,7 +123,9 @@ def rerun(
     members = [key]
     if with_pack:
         members = [
-            k for k, t in ledger.trainings.items() if (t.stage, t.pack) == (cell.stage, training.pack)
+            other
+            for other, row in ledger.trainings.items()
+            if (row.stage, row.pack) == (cell.stage, training.pack)
         ]
     pack = Pack(
         name="rerun",

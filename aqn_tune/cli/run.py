@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -58,7 +58,7 @@ def command(
         outcome = run_study(loaded, engine=ENGINE, progress=progress, fresh=fresh)
     show_results(outcome.folder, json=json, quiet=quiet)
     if outcome.failed_configs:
-        progress.note(f"{outcome.failed_configs} trainings of search configs failed; see the report")
+        progress.note(f"{outcome.failed_configs} trainings of search configs failed")
     if outcome.failed:
         typer.secho(f"{outcome.failed} trainings failed; see the report", fg="red", err=True)
         raise typer.Exit(1)
@@ -81,9 +81,10 @@ def run_study(
     _check_folder(folder, study)
     from aqn_tune.confirm.runner import run_confirm
     from aqn_tune.ledger import Ledger
-    from aqn_tune.report import write_report
-    from aqn_tune.report.manifest import write_manifest
+    from aqn_tune.report.manifest import finish_manifest, write_manifest
     from aqn_tune.report.tensorboard import TensorBoardWriter
+    from aqn_tune.report.write import write_report
+    from aqn_tune.search.cluster import ray_session
     from aqn_tune.search.ranking import finalists
     from aqn_tune.search.runner import run_search
     from aqn_tune.study.calibration import update_calibration
@@ -93,8 +94,10 @@ def run_study(
         write_manifest(folder, study, setting)
         layers = layer_count(study.model)
         board = TensorBoardWriter(folder, study)
+        # A study that has its verdict has nothing left to run, most likely; then Ray can stay off.
+        session = nullcontext() if folder.verdict.exists() else ray_session(study.compute)
         try:
-            if study.search is not None:
+            with session:
                 run_search(
                     study,
                     setting,
@@ -103,24 +106,24 @@ def run_study(
                     layer_count=layers,
                     engine=engine,
                     listeners=(board.write,),
-                    progress=progress,
+                    progress=progress.stage,
                 )
-            ledger = Ledger(folder.ledger)
-            run_confirm(
-                study,
-                setting,
-                scenarios,
-                folder,
-                [each for scenario in scenarios for each in finalists(ledger, scenario, study)],
-                layer_count=layers,
-                engine=engine,
-                listeners=(board.write,),
-                progress=progress,
-            )
+                ledger = Ledger(folder.ledger)
+                run_confirm(
+                    study,
+                    setting,
+                    scenarios,
+                    folder,
+                    [each for scenario in scenarios for each in finalists(ledger, scenario, study)],
+                    layer_count=layers,
+                    engine=engine,
+                    listeners=(board.write,),
+                    progress=progress.stage,
+                )
         finally:
             board.close()
         update_calibration(study, setting, folder)
-        write_manifest(folder, study, setting)
+        finish_manifest(folder)
         write_report(folder)
     return count_failures(folder, Ledger(folder.ledger))
 
@@ -133,7 +136,7 @@ def count_failures(folder: StudyFolder, ledger: Ledger) -> Outcome:
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Rename a study's folder to `<name>.old-N` and return the new name; None when there is none."""
+    """Rename a study's folder to `<name>.old-N` and return that; None when there is none."""
     if not folder.exists():
         return None
     with _locked(StudyFolder(folder)):
@@ -145,7 +148,7 @@ def set_aside(folder: Path) -> Path | None:
 
 
 def write_study(study: Study, folder: StudyFolder) -> None:
-    """Write the resolved study into its folder, so that everything else can be redone from there."""
+    """Write the resolved study into its folder, so that all else can be redone from there."""
     import yaml
 
     folder.root.mkdir(parents=True, exist_ok=True)
@@ -156,10 +159,10 @@ def write_study(study: Study, folder: StudyFolder) -> None:
 
 
 def _check_folder(folder: StudyFolder, study: Study) -> None:
-    """Refuse a folder that holds another study (equal name and first 8 digits, or a changed file)."""
+    """Refuse a folder that holds another study, or something that is no study at all."""
     if not folder.study.exists():
         if folder.root.exists() and any(p.name != ".lock" for p in folder.root.iterdir()):
-            raise UserError(f"{folder.root}: not the folder of a study; move it away, or use --fresh")
+            raise UserError(f"{folder.root}: not a study's folder; move it away, or use --fresh")
         return
     from aqn_tune.report.results import load_study_file
 

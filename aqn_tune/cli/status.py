@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from aqn_tune.cli.options import Json, Overrides, Target
 from aqn_tune.cli.output import console, duration, print_json, table
@@ -13,6 +14,9 @@ from aqn_tune.ledger import Ledger
 from aqn_tune.study.folder import StudyFolder, study_hash
 from aqn_tune.study.schema import Study
 from aqn_tune.study.sweep import resolve_scenarios
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SHOWN_FAILURES = 10
 
@@ -29,17 +33,21 @@ def command(target: Target, overrides: Overrides = None, json: Json = False) -> 
     out.print(f"folder  {folder.root}", soft_wrap=True)
     if state["seconds_since_last_row"] is not None:
         out.print(f"ledger  last row {duration(state['seconds_since_last_row'])} ago")
-    names = ("finished", "unfinished", "failed")
-    rows = [(stage, *(counts[name] for name in names)) for stage, counts in state["trainings"].items()]
-    out.print(table("Trainings", ("stage", *(f"#{name}" for name in names)), rows))
+    out.print(
+        _counts("Trainings", "stage", ("finished", "unfinished", "failed"), state["trainings"])
+    )
     if state["configs"]:
-        names = ("asked", "finished", "stopped", "failed")
-        rows = [(s, *(counts[n] for n in names)) for s, counts in state["configs"].items()]
-        out.print(table("Search", ("scenario", *(f"#{name}" for name in names)), rows))
+        events = ("asked", "finished", "stopped", "failed")
+        out.print(_counts("Search", "scenario", events, state["configs"]))
     for failure in state["failures"][:SHOWN_FAILURES]:
         out.print(f"failed  {failure['cell']}: {failure['error']}", markup=False, soft_wrap=True)
     done = [name for name, there in state["written"].items() if there]
     out.print(f"written {', '.join(done) or 'nothing yet'}")
+
+
+def _counts(title: str, what: str, names: Sequence[str], counts: Mapping[str, Any]) -> Table:
+    rows = [(name, *(row[column] for column in names)) for name, row in counts.items()]
+    return table(title, (what, *(f"#{name}" for name in names)), rows)
 
 
 def study_status(study: Study, folder: StudyFolder) -> dict[str, Any]:

@@ -94,8 +94,9 @@ def train_arm(
     scenarios = {one.name: one for one in resolve_scenarios(study)}
     name = next(iter(scenarios)) if scenario is None else scenario
     if name not in scenarios:
+        allowed = ", ".join(scenarios)
         raise UserError(
-            f"--scenario: got {name!r}; allowed are {', '.join(scenarios)}{nearest(name, scenarios)}"
+            f"--scenario: got {name!r}; allowed are {allowed}{nearest(name, scenarios)}"
         )
     setting = make_setting(study)
     layers = layer_count(study.model)

@@ -53,11 +53,11 @@ the replica, the step (or evaluation batch) and the path."""
 def fault_slots(entries: Sequence[Entry], layer_count: int) -> list[FaultSlot]:
     """Merge the faults of all replicas into slots; equal static parts share one pass.
 
-    Replicas keep the order of their own faults: slots are laid out so that every entry's faults
-    appear in slot order, and a replica's n-th fault of equal static part goes to the n-th such slot.
+    Every replica's faults keep their declared order: a fault joins the first fitting slot behind the
+    slot of the replica's fault before it, and gets a slot of its own at the end when there is none.
     """
-    layouts: dict[str, tuple[FaultSpec, list[FaultSpec | None]]] = {}
-    order: list[str] = []
+    keys: list[str] = []
+    owners: list[list[FaultSpec | None]] = []
     for index, entry in enumerate(entries):
         seen: dict[str, int] = {}
         last = -1
@@ -66,27 +66,25 @@ def fault_slots(entries: Sequence[Entry], layer_count: int) -> list[FaultSlot]:
             static = content_hash({**fault.static(), "layers": layers})
             nth = seen[static] = seen.get(static, 0) + 1
             key = f"{static}.{nth}"
-            if key not in layouts:
-                layouts[key] = (fault, [None] * len(entries))
-                order.insert(last + 1, key)
-            position = order.index(key)
-            if position < last:
-                raise ValueError("replicas of one pack apply the same faults in different orders")
-            last = position
-            layouts[key][1][index] = fault
-    slots = []
-    for key in order:
-        spec, owners = layouts[key]
-        params = {
-            name: torch.tensor(
-                [off if owner is None else float(getattr(owner, name)) for owner in owners],
-                dtype=torch.float64,
-            ).view(-1, 1, 1)
-            for name, off in spec.per_replica.items()
-        }
-        active = torch.tensor([owner is not None for owner in owners])
-        slots.append(FaultSlot(spec, params, active, key))
-    return slots
+            fitting = (i for i in range(last + 1, len(keys)) if keys[i] == key)
+            last = next(fitting, len(keys))
+            if last == len(keys):
+                keys.append(key)
+                owners.append([None] * len(entries))
+            owners[last][index] = fault
+    return [_fault_slot(key, own) for key, own in zip(keys, owners, strict=True)]
+
+
+def _fault_slot(key: str, owners: Sequence[FaultSpec | None]) -> FaultSlot:
+    spec = next(owner for owner in owners if owner is not None)
+    params = {
+        name: torch.tensor(
+            [off if owner is None else float(getattr(owner, name)) for owner in owners],
+            dtype=torch.float64,
+        ).view(-1, 1, 1)
+        for name, off in spec.per_replica.items()
+    }
+    return FaultSlot(spec, params, torch.tensor([owner is not None for owner in owners]), key)
 
 
 def noise_slots(entries: Sequence[Entry], layer_count: int) -> list[NoiseSlot]:

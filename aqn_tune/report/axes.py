@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Scale:
-    """A monotone map from values to pixels. `bend` is applied to a value before the straight map."""
+    """A monotone map from values to pixels: `bend`, then a straight line."""
 
     low: float
     high: float

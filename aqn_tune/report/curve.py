@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from aqn_tune.evidence.assemble import ArmEvidence, ScenarioEvidence
+from aqn_tune.evidence.arms import ArmEvidence
+from aqn_tune.evidence.assemble import ScenarioEvidence
 from aqn_tune.evidence.tables import CellResult
 from aqn_tune.report import drawing as draw
 from aqn_tune.report.axes import (

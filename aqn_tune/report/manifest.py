@@ -97,7 +97,7 @@ def code_hash() -> str:
 
 
 def hash_files(root: Path, files: Iterable[Path]) -> str:
-    """Return a 16-digit hash of files by content and by place below `root`, whatever their order."""
+    """Return a 16-digit hash of files by content and place below `root`, in any order."""
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0")
@@ -106,7 +106,7 @@ def hash_files(root: Path, files: Iterable[Path]) -> str:
 
 
 def _commit() -> str | None:
-    """Return the git commit that the package lies in, with `+` when files differ; None without git."""
+    """Return the commit that the package lies in, with `+` when files differ, None without git."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

@@ -14,10 +14,10 @@ from aqn_tune.study.runs import ConditionName, Split
 def run_lines(results: Results) -> list[dict[str, Any]]:
     """Return the lines; a run that failed, was stopped or has not ended has null for its numbers.
 
-    Columns: stage, generation, scenario, during, one per swept key (`sweep_threshold`), arm, config,
-    replicate, seed, training_key, condition (clean or faulty), status, error, step (at which the
-    numbers were taken), steps (meant), loss (nats per answer token), exact_match (0..1), rows,
-    affected_fraction and relative_error (of the first fault), seconds, adapter.
+    Columns: stage, generation, scenario, during, one per swept key (`sweep_threshold`), arm,
+    config, replicate, seed, training_key, condition (clean or faulty), status, error, step (at
+    which the numbers were taken), steps (meant), loss (nats per answer token), exact_match (0..1),
+    rows, affected_fraction and relative_error (of the first fault), seconds, adapter.
     """
     return [
         _line(results, cell, condition)

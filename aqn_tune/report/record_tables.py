@@ -109,8 +109,8 @@ def cost_table(results: Results) -> Table:
     )
     total = sum(cost.seconds for cost in results.evidence.costs)
     note = (
-        "A cell is one arm, scenario and seed; cells that train alike share a training. Time is the "
-        f"sum over trainings of their share of a worker's time ({duration(total)} in all), on "
-        f"{count(len(results.scenarios), 'scenario')}."
+        "A cell is one arm, scenario and seed; cells that train alike share a training. Time is "
+        "the sum over trainings of their share of a worker's time: "
+        f"{duration(total)} in all, for {count(len(results.scenarios), 'scenario')}."
     )
     return Table("Cost", columns, rows, (note,))

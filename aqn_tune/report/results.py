@@ -1,4 +1,4 @@
-"""Everything that a report says, read from the folder of a study: the study, the lock, the ledger."""
+"""Everything that a report says, read from the study, the lock and the ledger."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from aqn_tune.errors import UserError
-from aqn_tune.evidence.assemble import ArmEvidence, Evidence, ScenarioEvidence, assemble
+from aqn_tune.evidence.arms import ArmEvidence
+from aqn_tune.evidence.assemble import Evidence, ScenarioEvidence
 from aqn_tune.evidence.tables import CellResult, Tables
 from aqn_tune.ledger import Ledger
 from aqn_tune.ledger.rows import CellRow, EvaluationRow, LedgerRow, SearchRow, TrainingRow
-from aqn_tune.report.text import Spread, count, spread
-from aqn_tune.study.cells import NotAvailable, named_arms, resolve_run
+from aqn_tune.report.text import Spread, spread
+from aqn_tune.study.cells import NotAvailable
 from aqn_tune.study.folder import StudyFolder
 from aqn_tune.study.scenario import During, Scenario
 from aqn_tune.study.schema import Study

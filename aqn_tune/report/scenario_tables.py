@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from aqn_tune.evidence.assemble import ArmEvidence, ScenarioEvidence
+from aqn_tune.evidence.arms import ArmEvidence
+from aqn_tune.evidence.assemble import ScenarioEvidence
 from aqn_tune.evidence.regimes import Recovery
 from aqn_tune.report.results import Results
 from aqn_tune.report.table import Cell, Column, Mark, Table
@@ -115,12 +116,13 @@ def _reference_note(results: Results, during: During) -> str:
     base = results.base("clean", "")
     match = results.clean_exact_match(clean) if clean else Spread(None, None)
     return (
-        f"Without any fault: untrained base {number(base.loss if base else None)} {NATS}, exact match "
-        f"{percent(base.exact_match if base else None)}; clean arm {with_sd(clean_loss(clean))} "
-        f"{NATS}, exact match {percent_with_sd(match)}; gain G = "
-        f"{number(evidence.regime.gain)} {NATS}. Values are mean ± sd over seeds on the test split; "
+        f"Without any fault: untrained base {number(base.loss if base else None)} {NATS}, "
+        f"exact match {percent(base.exact_match if base else None)}; "
+        f"clean arm {with_sd(clean_loss(clean))} {NATS}, exact match {percent_with_sd(match)}; "
+        f"gain G = {number(evidence.regime.gain)} {NATS}. "
+        "Values are mean ± sd over seeds on the test split; "
         "'values affected' and 'relative error' are those of the fault_only arm. "
-        "Damage = (fault_only − clean) / G: below 5 % harmless, above 100 % catastrophic "
+        "Damage = (fault_only - clean) / G: below 5 % harmless, above 100 % catastrophic "
         "(worse than not training at all)."
     )
 
@@ -143,9 +145,10 @@ def recovery_table(results: Results, during: During) -> Table:
     )
     level = percent(1 - results.evidence.declared.alpha, 0)
     note = (
-        "Recovery = (fault_only − arm) / (fault_only − clean), a ratio of mean losses: 0 % no help, "
-        f"100 % as good as no fault; [{level} bootstrap interval]. n/a in a harmless regime, where "
-        "there is nothing to recover. No claim rests on this table; claims are the verdicts."
+        "Recovery = (fault_only - arm) / (fault_only - clean), a ratio of mean losses: "
+        f"0 % no help, 100 % as good as no fault; [{level} bootstrap interval]. n/a in a harmless "
+        "regime, where there is nothing to recover. No claim rests on this table; claims are the "
+        "verdicts."
     )
     return Table(f"Recovery: {DURING[during]}", columns, rows, (note,))
 

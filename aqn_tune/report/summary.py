@@ -51,7 +51,8 @@ def summary_of(results: Results, *, markup: bool = False) -> str:
             regime = paint(answer.regime.text, answer.regime.kind)
             lines.append(f"  {paint.plain(answer.scenario)}: {regime}, {answer.affected} affected")
             for label, mark in answer.verdicts:
-                lines.append(f"    {paint(mark.symbol, mark.kind)} {paint.plain(label)} {mark.text}")
+                symbol = paint(mark.symbol, mark.kind)
+                lines.append(f"    {symbol} {paint.plain(label)} {mark.text}")
             if answer.conclusion:
                 lines.append(f"    -> {paint.plain(answer.conclusion)}")
     if results.failed:

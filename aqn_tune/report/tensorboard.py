@@ -12,7 +12,6 @@ with a thread for each of them would not do.
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,6 +32,8 @@ from aqn_tune.study.folder import StudyFolder
 from aqn_tune.study.schema import Study
 from aqn_tune.study.seeds import Stage
 from aqn_tune.study.space import Params, arm_of
+
+EVENT_FILE = "events.out.tfevents.0.aqn_tune"
 
 FINAL_TAGS = {
     "loss/faulty": "final/loss_faulty",
@@ -98,10 +99,10 @@ class TensorBoardWriter:
         self._points: dict[str, list[_Point]] = {}
         self._means: dict[tuple[_Line, str, int], dict[int, float]] = {}
         self._pending: dict[str, list[tuple[int, Any]]] = {}
-        if self._root.exists():
-            shutil.rmtree(self._root)
+        self._begun: set[str] = set()
         self._add("", 0, experiment_summary(study, scenarios))
         self.write(tuple(read_rows(folder.ledger)))
+        self._remove_strangers()
 
     def write(self, rows: Sequence[LedgerRow]) -> None:
         """Add the rows to the curves; on disk when it returns."""
@@ -229,7 +230,15 @@ class TensorBoardWriter:
     def _flush(self) -> None:
         pending, self._pending = self._pending, {}
         for run, summaries in pending.items():
-            _append(self._root / run, summaries)
+            _write_events(self._root / run / EVENT_FILE, summaries, anew=run not in self._begun)
+            self._begun.add(run)
+
+    def _remove_strangers(self) -> None:
+        """Remove event files of runs that the ledger does not know: they would show as runs."""
+        known = {self._root / run / EVENT_FILE for run in self._begun}
+        for path in self._root.rglob("*tfevents*"):
+            if path not in known:
+                path.unlink()
 
 
 def _measures(row: EvaluationRow) -> Iterator[tuple[str, float]]:
@@ -239,20 +248,20 @@ def _measures(row: EvaluationRow) -> Iterator[tuple[str, float]]:
     for index, fault in enumerate(row.faults):
         suffix = f"/{index}_{fault.kind}" if len(row.faults) > 1 else ""
         yield f"affected_fraction{suffix}", fault.affected_fraction
-        yield f"relative_error{suffix}", fault.relative_error
+        if fault.relative_error is not None:
+            yield f"relative_error{suffix}", fault.relative_error
 
 
-def _append(folder: Path, summaries: Sequence[tuple[int, Any]]) -> None:
+def _write_events(path: Path, summaries: Sequence[tuple[int, Any]], *, anew: bool) -> None:
     from tensorboard.compat.proto import event_pb2
     from tensorboard.summary.writer.record_writer import RecordWriter
 
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "events.out.tfevents.0.aqn_tune"
     now = time.time()
-    new = not path.exists()
-    with path.open("ab") as file:
+    if anew:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb" if anew else "ab") as file:
         records = RecordWriter(file)
-        if new:
+        if anew:
             version = event_pb2.Event(wall_time=now, file_version="brain.Event:2")
             records.write(version.SerializeToString())
         for step, summary in summaries:

@@ -33,9 +33,7 @@ def spread(values: list[float | None] | tuple[float | None, ...]) -> Spread:
     mean = math.fsum(present) / len(present)
     if len(present) < 2:
         return Spread(mean, None)
-    return Spread(
-        mean, math.sqrt(math.fsum((x - mean) ** 2 for x in present) / (len(present) - 1))
-    )
+    return Spread(mean, math.sqrt(math.fsum((x - mean) ** 2 for x in present) / (len(present) - 1)))
 
 
 def number(value: float | None, digits: int = 4) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from aqn_tune.evidence.assemble import ArmEvidence, ScenarioEvidence
+from aqn_tune.evidence.arms import ArmEvidence
+from aqn_tune.evidence.assemble import ScenarioEvidence
 from aqn_tune.evidence.verdicts import Judged
 from aqn_tune.report.results import Results
 from aqn_tune.study.folder import study_hash

@@ -14,7 +14,7 @@ from aqn_tune.study.scenario import During
 GIVEN_THE_TEST_SET = "Intervals hold over training seeds given this test set."
 
 MEANING = {
-    Verdict.BETTER: "the arm has the smaller loss: Holm p below alpha, interval not inside the margin",
+    Verdict.BETTER: "the arm has the smaller loss: Holm p < alpha, interval not within the margin",
     Verdict.WORSE: "the arm has the larger loss, by the same rule",
     Verdict.EQUIVALENT: "the difference lies within the margin, whatever its sign",
     Verdict.INCONCLUSIVE: "nothing can be said; more seeds are needed, in a new generation",
@@ -30,7 +30,9 @@ def legend_table() -> Table:
     """Return what the four symbols mean."""
     rows = tuple((verdict_mark(v), MEANING[v]) for v in Verdict)
     return Table(
-        "The four verdicts", (Column("verdict", align="left"), Column("meaning", align="left")), rows
+        "The four verdicts",
+        (Column("verdict", align="left"), Column("meaning", align="left")),
+        rows,
     )
 
 
@@ -65,15 +67,14 @@ def contrasts_table(results: Results, during: During) -> Table:
             rows.append((*head, *_contrast_cells(judged)))
             notes += _notes(f"{sweep_label(scenario)}, {contrast_label(judged)}", judged)
     explained = (
-        "Improvement = loss of the reference − loss of the arm, so positive means that the arm is "
-        f"better. The second interval is the one that the margin is held to ({count(family, 'contrast')} "
-        "in the family). p is the paired t-test's; 'pairing gain' is the variance of the paired "
-        "difference over that of an unpaired one, so a small number says that sharing seeds paid. "
+        "Improvement = loss of the reference - loss of the arm: positive means that the arm is "
+        "better. The second interval is the one that the margin is held to "
+        f"({count(family, 'contrast')} in the family). p is the paired t-test's; 'pairing gain' is "
+        "the variance of the paired difference over that of an unpaired one, so a small number "
+        "says that sharing seeds paid. "
         f"{GIVEN_THE_TEST_SET}"
     )
-    return Table(
-        f"Primary contrasts: {DURING[during]}", columns, tuple(rows), (explained, *notes)
-    )
+    return Table(f"Primary contrasts: {DURING[during]}", columns, tuple(rows), (explained, *notes))
 
 
 def _contrast_cells(judged: Judged) -> tuple[Cell, ...]:
@@ -131,7 +132,7 @@ def detectable_text(results: Results) -> str:
 
 
 def luck_table(results: Results) -> Table | None:
-    """Return the finalists' improvement in the search beside that on fresh seeds; None without any."""
+    """Return each finalist's improvement in the search and on fresh seeds, None without any."""
     rows: list[tuple[Cell, ...]] = []
     params = {(one.scenario, one.config): one for one in results.searched}
     for evidence in results.evidence.scenarios:

@@ -45,7 +45,7 @@ class Rate(Spec):
     workload: Workload = Field(description="What was measured.")
     pack_size: int = Field(description="Replicates in lockstep.")
     trainings: int = Field(description="Trainings measured.")
-    seconds_per_step: float = Field(gt=0, description="Seconds per optimiser step of one replicate.")
+    seconds_per_step: float = Field(gt=0, description="Seconds per step of one replicate.")
     seconds_per_row: float = Field(gt=0, description="Seconds per evaluated row of one replicate.")
 
 

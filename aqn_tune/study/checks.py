@@ -67,9 +67,7 @@ def _check_layers(study: Study, scenarios: Sequence[Scenario], layer_count: int)
                 raise UserError(f"{root}.{key}: {message}") from None
 
 
-def _check_control(
-    study: Study, scenario: Scenario, name: ControlName, layer_count: int
-) -> None:
+def _check_control(study: Study, scenario: Scenario, name: ControlName, layer_count: int) -> None:
     """Refuse a schedule of the controls that injects nothing, which would make them all n/a."""
     if name not in study.controls.include:
         return
@@ -154,7 +152,7 @@ def _range(name: str, layer_count: int) -> tuple[float, float, bool]:
 
 
 def _values(dimension: Dimension) -> tuple[Value, ...]:
-    """Return the values of a dimension that can be at fault: all of a choice, the ends of a range."""
+    """Return the values of a dimension to check: all of a choice, both ends of a range."""
     if isinstance(dimension, ChoiceDimension):
         return dimension.values
     if isinstance(dimension, FixedDimension):

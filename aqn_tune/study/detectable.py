@@ -56,7 +56,7 @@ def noncentral_t_tail(x: float, degrees: int, shift: float) -> float:
 
 
 def _bisect(rising: Callable[[float], float], low: float, high: float) -> float:
-    """Return where a rising function crosses zero, doubling `high` until it encloses the crossing."""
+    """Return where a rising function crosses zero; `high` doubles until it lies beyond."""
     while rising(high) < 0:
         high *= 2
     for _ in range(60):

@@ -49,8 +49,7 @@ def load_study(path: Path | str, overrides: Sequence[str] = ()) -> Study:
 
 
 def make_setting(study: Study) -> Setting:
-    """Return what all runs of a study share. Reads the model's files for their hash, not its weights
-    into memory; needs no torch."""
+    """Return what all runs of a study share. Hashes the model's files; needs no torch."""
     from aqn_tune.models.locate import fingerprint
 
     return Setting(

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Union
 from pydantic import BaseModel, ValidationError
 
 from aqn_tune.errors import UserError, nearest
-from aqn_tune.study.source import Path_, Source, dotted
+from aqn_tune.study.source import KeyPath, Source, dotted
 
 _PREFIX = "Input should be "
 
@@ -23,7 +23,7 @@ def as_user_error(error: ValidationError, model: type[BaseModel], source: Source
         model: The model that was validated.
         source: The document.
     """
-    problems: dict[Path_, list[str]] = {}
+    problems: dict[KeyPath, list[str]] = {}
     items = error.errors(include_url=False)
     for item in items:
         if item["type"] == "too_short" and len(items) > 1 and item["input"]:
@@ -43,7 +43,7 @@ def located(source: Source, message: str) -> UserError:
     return UserError(message if path is None else f"{source.place(path)}: {message}")
 
 
-def find(source: Source, key: str) -> Path_ | None:
+def find(source: Source, key: str) -> KeyPath | None:
     """Return the path of the dotted `key`, or of its longest leading part that the document has."""
     by_name = {dotted(path): path for path in source.places if path}
     parts = key.split(".")
@@ -54,7 +54,7 @@ def find(source: Source, key: str) -> Path_ | None:
     return None
 
 
-def _joined(source: Source, path: Path_, texts: list[str]) -> str:
+def _joined(source: Source, path: KeyPath, texts: list[str]) -> str:
     got = [text for text in texts if text.startswith("got ")]
     if len(got) > 1:  # one complaint per member of a union: what was got, then all that is allowed
         head = got[0].partition("; allowed: ")[0]
@@ -70,7 +70,7 @@ def _joined(source: Source, path: Path_, texts: list[str]) -> str:
     return f"{source.place(path)}: {name}: {body}" if name else f"{source.place(path)}: {body}"
 
 
-def _text(item: dict[str, Any], path: Path_, candidates: list[Any]) -> str:
+def _text(item: dict[str, Any], path: KeyPath, candidates: list[Any]) -> str:
     kind, context = item["type"], item.get("ctx", {})
     if kind == "extra_forbidden":
         names = list(dict.fromkeys(_field_names(candidates)))
@@ -92,7 +92,9 @@ def _text(item: dict[str, Any], path: Path_, candidates: list[Any]) -> str:
         return f"got {got}; allowed: at least {context['min_length']} entries"
     if kind in ("model_type", "model_attributes_type"):
         kinds = list(_kinds(candidates))
-        return f"got {got}; allowed: a mapping" + (f" with `kind`: {', '.join(kinds)}" * bool(kinds))
+        return f"got {got}; allowed: a mapping" + (
+            f" with `kind`: {', '.join(kinds)}" * bool(kinds)
+        )
     if kind == "literal_error" and isinstance(item["input"], str):
         options = [part.strip(" '") for part in context["expected"].replace(" or ", ",").split(",")]
         return f"got {got}; allowed: {context['expected']}{nearest(item['input'], options)}"
@@ -122,7 +124,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _real_path(loc: Sequence[str | int], kind: str, data: Any) -> Path_:
+def _real_path(loc: Sequence[str | int], kind: str, data: Any) -> KeyPath:
     """Return `loc` without the parts that name members of a union rather than keys."""
     path: list[str | int] = []
     for position, part in enumerate(loc):

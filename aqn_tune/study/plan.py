@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aqn_tune.errors import UserError
 from aqn_tune.noise.policy import EffectiveNoise
+from aqn_tune.search.cluster import worker_count
+from aqn_tune.search.rungs import rung_steps
 from aqn_tune.study.calibration import Costs, find_costs, workload_of
 from aqn_tune.study.cells import (
     ArmCells,
@@ -146,7 +147,8 @@ class Plan:
     """Whether the folder is there already, so that a run continues it."""
     model: str
     layer_count: int
-    workers: int
+    workers: int | None
+    """Trials at a time; None where the size of the cluster decides."""
     training_steps: int
     schedule: tuple[SigmaStage, ...]
     """Sigma of the noised controls."""
@@ -172,7 +174,7 @@ def make_plan(study: Study) -> Plan:
     folder = study_folder(study).root
     confirm_cells = stage_cells(study, setting, scenarios, stage="confirm", layer_count=layers)
     search = None
-    if study.search is not None:
+    if study.search is not None and study.search.configs:
         search_cells = stage_cells(study, setting, scenarios, stage="search", layer_count=layers)
         search = _search_plan(study, setting, scenarios, search_cells)
     confirm = _confirm_plan(study, setting, scenarios, confirm_cells)
@@ -183,12 +185,12 @@ def make_plan(study: Study) -> Plan:
         exists=folder.exists(),
         model=study.model.path,
         layer_count=layers,
-        workers=worker_count(study),
+        workers=_worker_count(study),
         training_steps=study.training.steps,
         schedule=_stages(study.controls.schedule.table(study.training.steps)),
         scenarios=tuple(_scenario_plan(study, s, layers) for s in scenarios),
         configs=study.search.configs if study.search else 0,
-        rungs=rung_steps(study) if study.search else (study.training.steps,),
+        rungs=rung_steps(study.search, study.training.steps) if study.search else (),
         search=search,
         confirm=confirm,
         detectable=_detectable(study, scenarios, confirm_cells.missing),
@@ -196,18 +198,10 @@ def make_plan(study: Study) -> Plan:
     )
 
 
-def rung_steps(study: Study) -> tuple[int, ...]:
-    """Return the steps at which the search evaluates and decides; the last is the whole training."""
-    shares = study.search.rungs if study.search else (1.0,)
-    steps = study.training.steps
-    return tuple(sorted({max(1, round(steps * share)) for share in shares}))
-
-
-def worker_count(study: Study) -> int:
-    """Return how many trials run at a time; `auto` is one per usable CPU core of this machine."""
-    if study.compute.workers != "auto":
-        return study.compute.workers
-    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+def _worker_count(study: Study) -> int | None:
+    if study.compute.address is not None and study.compute.workers == "auto":
+        return None
+    return worker_count(study.compute)
 
 
 def _scenario_plan(study: Study, scenario: Scenario, layers: int) -> ScenarioPlan:
@@ -260,8 +254,9 @@ def _stages(table: Sequence[float]) -> tuple[SigmaStage, ...]:
 def _search_plan(
     study: Study, setting: Setting, scenarios: Sequence[Scenario], cells: ArmCells
 ) -> StagePlan:
-    assert study.search is not None
-    rungs, rows = rung_steps(study), split_rows(study, "search")
+    if study.search is None:
+        raise ValueError("the study has no search")
+    rungs, rows = rung_steps(study.search, study.training.steps), split_rows(study, "search")
     controls = _trainings_work(cells, rungs, rows) + _base_work(scenarios, rows)
     replicates = study.search.replicates * len(scenarios)
     expected = most = Work(0, 0, 0, 0)
@@ -279,9 +274,7 @@ def _search_plan(
 
 def _rung_work(trainings: int, steps: int, rows: int, first: bool) -> Work:
     """Return what it takes to bring trainings to a rung and evaluate them, clean and faulty."""
-    return Work(
-        trainings if first else 0, trainings * steps, trainings * 2, trainings * 2 * rows
-    )
+    return Work(trainings if first else 0, trainings * steps, trainings * 2, trainings * 2 * rows)
 
 
 def _confirm_plan(
@@ -369,9 +362,11 @@ def _estimate(
     if costs is None:
         return Estimate("not measured", None, None, None)
     stages = [stage for stage in (search, confirm) if stage is not None]
-    workers = worker_count(study)
+    workers = _worker_count(study) or 1
     exports = {
-        "finalists": study.finalist_count() * study.confirm.replicates * len(resolve_scenarios(study)),
+        "finalists": study.finalist_count()
+        * study.confirm.replicates
+        * len(resolve_scenarios(study)),
         "all": confirm.most.trainings,
         "none": 0,
     }[study.confirm.export]

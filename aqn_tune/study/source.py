@@ -11,7 +11,7 @@ import yaml
 
 from aqn_tune.errors import UserError, nearest
 
-Path_ = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 """Where a value lies in a document: keys and list positions from the root."""
 
 FREE_KEYS = ("sweep",)
@@ -19,7 +19,7 @@ FREE_KEYS = ("sweep",)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: `1e-3` is a number and `no` is a word, which YAML 1.1 has the other way round."""
+    """YAML 1.2 scalars: `1e-3` is a number and `no` a word; in YAML 1.1 it is the other way."""
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -59,7 +59,7 @@ class Source(NamedTuple):
     """A document and the place of every key in it."""
 
     data: dict[str, Any]
-    places: dict[Path_, Place]
+    places: dict[KeyPath, Place]
 
     def place(self, path: Sequence[str | int]) -> Place:
         """Return where `path` was written, or the nearest enclosing key that was."""
@@ -103,7 +103,11 @@ def parse_source(text: str, file: str) -> Source:
     except yaml.YAMLError as error:
         raise UserError(f"{file}: not valid YAML: {error}") from None
     if not isinstance(node, yaml.MappingNode):
-        got = "an empty file" if node is None else f"a {node.id}"
+        got = (
+            "an empty file"
+            if node is None
+            else f"a {type(node).__name__.removesuffix('Node').lower()}"
+        )
         raise UserError(f"{file}: got {got}; a mapping of keys to values is expected")
     reader = _Reader(file)
     data = reader.value(node, ())
@@ -115,26 +119,28 @@ class _Reader:
 
     def __init__(self, file: str) -> None:
         self.file = file
-        self.places: dict[Path_, Place] = {}
+        self.places: dict[KeyPath, Place] = {}
         self._open: set[int] = set()
 
-    def value(self, node: yaml.Node, path: Path_) -> Any:
+    def value(self, node: yaml.Node, path: KeyPath) -> Any:
         self.places.setdefault(path, Place(self.file, node.start_mark.line + 1))
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node)
         if id(node) in self._open:
             raise UserError(f"{self._at(node)}: {dotted(path)}: an alias that contains itself")
         self._open.add(id(node))
-        result = self._mapping(node, path) if isinstance(node, yaml.MappingNode) else [
-            self.value(item, (*path, index)) for index, item in enumerate(node.value)
-        ]
+        result = (
+            self._mapping(node, path)
+            if isinstance(node, yaml.MappingNode)
+            else [self.value(item, (*path, index)) for index, item in enumerate(node.value)]
+        )
         self._open.discard(id(node))
         return result
 
     def _at(self, node: yaml.Node) -> str:
         return f"{self.file}:{node.start_mark.line + 1}"
 
-    def _mapping(self, node: yaml.MappingNode, path: Path_) -> dict[str | int, Any]:
+    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str | int, Any]:
         values: dict[str | int, Any] = {}
         merged: dict[str | int, Any] = {}
         lines: dict[str | int, int] = {}
@@ -203,7 +209,7 @@ def apply_override(source: Source, override: str) -> Source:
     return Source(data, places)
 
 
-def _replaced(node: Any, parts: list[str], value: Any, name: str, path: Path_) -> Any:
+def _replaced(node: Any, parts: list[str], value: Any, name: str, path: KeyPath) -> Any:
     if not parts:
         return value
     if isinstance(node, list):
@@ -226,7 +232,7 @@ def _replaced(node: Any, parts: list[str], value: Any, name: str, path: Path_) -
     return {**node, head: _replaced(node.get(head), rest, value, name, (*path, head))}
 
 
-def _path_of(data: Any, parts: list[str]) -> Path_:
+def _path_of(data: Any, parts: list[str]) -> KeyPath:
     """Return the path that dotted `parts` name in `data`, which holds it."""
     path: list[str | int] = []
     rest = list(parts)

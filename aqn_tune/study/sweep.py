@@ -17,15 +17,15 @@ from aqn_tune.study.source import Place, Source
 
 
 def resolve_scenarios(study: Study) -> tuple[Scenario, ...]:
-    """Return the scenarios of a study: every combination of its sweep, the last key varying fastest.
+    """Return the scenarios of a study: every combination of its sweep, the last key fastest.
 
     Without a sweep there is one. Names read `<during>-<key><value>`, for example
     `both-threshold0.2`. Raises UserError for a key that the scenario does not have, a value that it
     does not allow, and two combinations that are the same scenario.
     """
     base = study.scenario.model_dump(mode="json")
-    for key, values in study.sweep.items():
-        if not values:
+    for key, offered in study.sweep.items():
+        if not offered:
             raise UserError(f"sweep.{key}: got an empty list; give at least one value")
         _check_key(base, key)
     short = _short_keys(tuple(study.sweep))
@@ -40,8 +40,7 @@ def resolve_scenarios(study: Study) -> tuple[Scenario, ...]:
     for name, count in Counter(scenario.name for scenario in scenarios).items():
         if count > 1:
             raise UserError(
-                f"sweep: {count} combinations give the same scenario {name!r}; "
-                "name each value once"
+                f"sweep: {count} combinations give the same scenario {name!r}; name each value once"
             )
     return tuple(scenarios)
 

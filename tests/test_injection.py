@@ -1,0 +1,303 @@
+"""Injection: addresses, order, audits. Each guard sees the original bug planted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.tiny import CLEAN, LAYERS, noise, one_pack, save_tiny_model, tiny_setting, tiny_training
+
+from aqn_tune.errors import UserError
+from aqn_tune.faults import DeadZone, RelativeGaussian
+from aqn_tune.injection.address import AddressBook
+from aqn_tune.injection.fold import Entry, fault_slots
+from aqn_tune.injection.injection import Injection
+from aqn_tune.models.load import build_model, decoder_layers
+from aqn_tune.noise.carriers.hidden import Hidden
+from aqn_tune.study.runs import Condition, Run
+from aqn_tune.training import evaluate as evaluate_module
+from aqn_tune.training.engine import ENGINE
+from aqn_tune.training.streams import KeyedNormal
+
+torch.set_num_threads(1)
+TRAINING = tiny_training()
+FAULT = DeadZone(layers=(1,), threshold=0.2, reference="tensor_max")
+FAULTY = Condition(name="faulty", scenario="s", faults=(FAULT,))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def model(folder: Path):
+    return build_model(tiny_setting(folder).model)
+
+
+def normal(replica: int, path: tuple, out: torch.Tensor) -> None:
+    KeyedNormal().fill(out, 7, *path)
+
+
+TOKENS = torch.arange(1, 17).view(1, 16)
+VALID = torch.ones(1, 16, dtype=torch.bool)
+
+
+def hidden_after(model, layer: int, injection: Injection | None) -> torch.Tensor:
+    seen = {}
+    handle = decoder_layers(model)[layer].register_forward_hook(
+        lambda m, a, out: seen.setdefault("out", out)
+    )
+    if injection is None:
+        model(input_ids=TOKENS)
+    else:
+        with injection:
+            injection.begin(VALID)
+            # Registered last, so that the observer sees what the next layer sees.
+            handle.remove()
+            handle = decoder_layers(model)[layer].register_forward_hook(
+                lambda m, a, out: seen.setdefault("out", out)
+            )
+            model(input_ids=TOKENS)
+    handle.remove()
+    return seen["out"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        (DeadZone(layers=(1,), threshold=0.1), ["model.layers.1"]),
+        (DeadZone(layers=(-1,), threshold=0.1), ["model.layers.3"]),
+        (DeadZone(layers=("0-1",), threshold=0.1, modules=("mlp",)), None),
+        (
+            RelativeGaussian(layers=(0,), modules=("*down_proj", "self_attn.q_proj")),
+            ["model.layers.0.mlp.down_proj", "model.layers.0.self_attn.q_proj"],
+        ),
+        (RelativeGaussian(layers=(2,), modules=("model.layers.2.mlp.up_proj",)), ["model.layers.2.mlp.up_proj"]),
+        (RelativeGaussian(layers=(0,), modules=("*_proj",), exclude=("*mlp*",)), 4),
+        (RelativeGaussian(layers="all"), 7 * LAYERS),
+    ],
+)
+def test_addresses(model, fault, expected) -> None:
+    if expected is None:
+        with pytest.raises(UserError, match="matches nothing in layer 0"):
+            AddressBook(model).find(fault)
+        return
+    names = [address.name for address in AddressBook(model).find(fault)]
+    assert names == expected if isinstance(expected, list) else len(names) == expected
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (RelativeGaussian(layers=(0,), modules=("self_attn.q_prj",)), r"did you mean 'self_attn.q_proj'"),
+        (RelativeGaussian(layers=(LAYERS,)), r"there is no layer 4 of 4; allowed are 0 to 3"),
+        (RelativeGaussian(layers=(0,), modules=("lm_head",)), r"matches nothing in layer 0"),
+    ],
+)
+def test_a_fault_that_matches_nothing_is_refused(model, fault, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        AddressBook(model).find(fault)
+
+
+def test_a_model_without_rmsnorm_refuses_that_carrier(model) -> None:
+    for layer in decoder_layers(model):
+        layer.input_layernorm = torch.nn.LayerNorm(32)
+        layer.post_attention_layernorm = torch.nn.LayerNorm(32)
+    entry = Entry((), noise(TRAINING, {"carrier": "rmsnorm_weight"}))
+    with pytest.raises(UserError, match="use carrier 'hidden'"):
+        Injection(AddressBook(model), [entry], draw=normal)
+
+
+def test_noise_comes_before_the_dead_zone_of_the_same_output(model) -> None:
+    """After the dead zone it would be useless: it is relative, and dead values are zero."""
+    policy = {"schedule": {"kind": "constant", "sigma": 0.5}, "targeting": "targeted"}
+    entry = Entry((FAULT,), noise(TRAINING, policy))
+    plain = hidden_after(model, 1, None)
+    got = hidden_after(model, 1, Injection(AddressBook(model), [entry], draw=normal))
+    z = torch.empty(16, 32)
+    normal(0, ("noise", 1, "1"), z)
+    noised = plain[0] + z * 0.5 * plain[0].abs()
+    dead = noised.abs() < 0.2 * noised.abs().max()
+    assert torch.equal(got[0], torch.where(dead, torch.zeros(()), noised))
+
+
+@pytest.mark.parametrize("carrier", ["hidden", "rmsnorm_weight"])
+def test_noise_is_functional_and_leaves_no_trace(model, carrier: str) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    policy = {"carrier": carrier, "schedule": {"kind": "constant", "sigma": 0.5}}
+    plain = model(input_ids=TOKENS).logits
+    injection = Injection(AddressBook(model), [Entry((), noise(TRAINING, policy))], draw=normal)
+    with injection:
+        injection.begin(VALID)
+        noisy = model(input_ids=TOKENS).logits
+    assert not torch.equal(plain, noisy)
+    assert torch.equal(plain, model(input_ids=TOKENS).logits)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any("weight" in m.__dict__ for m in model.modules())
+
+
+def test_an_exception_in_the_model_removes_every_hook(model) -> None:
+    entry = Entry((FAULT,), noise(TRAINING, {"carrier": "rmsnorm_weight"}))
+    injection = Injection(AddressBook(model), [entry], draw=normal)
+    with pytest.raises(RuntimeError), injection:
+        injection.begin(VALID[:, :3])  # a mask of the wrong length
+        model(input_ids=TOKENS)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_layer_noise_does_not_depend_on_the_targeting(model) -> None:
+    """One generator consumed in layer order would give layer 1 other noise under global and targeted."""
+    constant = {"kind": "constant", "sigma": 0.1}
+    draws: dict[str, list] = {"global": [], "targeted": []}
+    for targeting, seen in draws.items():
+        policy = noise(TRAINING, {"schedule": constant, "targeting": targeting})
+
+        def record(replica, path, out, seen=seen):
+            normal(replica, path, out)
+            seen.append((path, out.clone()))
+
+        injection = Injection(AddressBook(model), [Entry((), policy)], draw=record)
+        with injection:
+            injection.begin(VALID)
+            model(input_ids=TOKENS)
+    everywhere = dict(draws["global"])
+    assert len(everywhere) == LAYERS
+    for path, value in draws["targeted"]:
+        assert torch.equal(everywhere[path], value)
+
+
+def run_of(policy=None, faults=(FAULT,), **changes) -> Run:
+    training = TRAINING.model_copy(update=changes)
+    return Run(
+        training=training,
+        faults=faults,
+        noise=noise(training, policy) if policy else None,
+        seed=2,
+        conditions=(CLEAN, FAULTY),
+    )
+
+
+def advance(folder: Path, run: Run):
+    setting = tiny_setting(folder)
+    return ENGINE.open_pack(one_pack(run, rungs=(6,)), setting, ENGINE.load_base(setting)).advance()
+
+
+@pytest.mark.parametrize("carrier", ["hidden", "rmsnorm_weight"])
+@pytest.mark.parametrize("targeting", ["global", "targeted", "healthy"])
+def test_realised_noise_equals_the_schedule_at_every_step(
+    folder: Path, carrier: str, targeting: str
+) -> None:
+    policy = {"carrier": carrier, "targeting": targeting, "schedule": {"kind": "geometric", "stages": 5}}
+    run = run_of(policy)
+    (row,) = advance(folder, run).trainings
+    assert row.status == "finished", row.error
+    layers = [k for k, m in enumerate(run.noise.multipliers) if m]
+    assert [measure.layer for measure in row.audit.noise] == layers
+    for measure in row.audit.noise:
+        assert measure.realised == pytest.approx(measure.scheduled, rel=6 / (2 * measure.draws) ** 0.5)
+    per_layer = 1 if carrier == "hidden" else 2
+    assert row.audit.noise_calls == 5 * len(layers) * per_layer
+    assert row.audit.fault_calls == 6
+
+
+@pytest.mark.parametrize(
+    ("bug", "message"),
+    [
+        ("zero sigma", "noise audit: layer 0 was scheduled"),
+        ("mean of abs", "noise audit: layer 0 was scheduled"),
+        ("multipliers unread", "noise audit: layer 0 was scheduled"),
+    ],
+)
+def test_noise_that_is_not_what_was_scheduled_fails_the_training(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, bug: str, message: str
+) -> None:
+    """Plants three bugs of the original work; each must end as `failed`, never as a number."""
+    original = Hidden.add
+
+    def broken(self, x, sigma, z):
+        if bug == "zero sigma":
+            return original(self, x, sigma * 0, z)
+        if bug == "multipliers unread":
+            return original(self, x, torch.full_like(sigma, 0.05), z)
+        noised = original(self, x, sigma, z)
+        return noised._replace(values=x + z * sigma.to(x.dtype) * noised.scale.mean())
+
+    policy = {"targeting": {"kind": "multipliers", "values": [0.5, 1, 1, 1]}}
+    monkeypatch.setattr(Hidden, "add", broken)
+    report = advance(folder, run_of(policy))
+    (row,) = report.trainings
+    assert row.status == "failed"
+    assert message in row.error
+    assert row.audit is None
+    assert report.evaluations == ()
+
+
+def test_noise_that_is_skipped_fails_the_training(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise hooked nowhere: the count of injections differs from the count declared."""
+    monkeypatch.setattr(Injection, "_add_noise", lambda self, site, slot, x: x)
+    (row,) = advance(folder, run_of({"targeting": "global"})).trainings
+    assert row.status == "failed"
+    assert "noise audit: 20 injections were declared, 0 happened" in row.error
+
+
+def test_weights_that_change_under_lora_fail_the_training(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise added into a norm's weight and left there."""
+
+    def sticky(self, site, slots, module, args):
+        module.weight.data.add_(1e-3)
+
+    monkeypatch.setattr(Injection, "_shadow", sticky)
+    monkeypatch.setattr(Injection, "_add_noise", lambda self, site, slot, x: x)
+    (row,) = advance(folder, run_of({"carrier": "rmsnorm_weight"})).trainings
+    assert row.status == "failed"
+
+
+def test_a_faulty_evaluation_without_the_fault_is_not_a_number(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The original evaluated without the fault and reported it as faulty."""
+    monkeypatch.setattr(evaluate_module, "Entry", lambda faults: Entry(()))
+    report = advance(folder, run_of())
+    (row,) = report.trainings
+    assert row.status == "failed"
+    assert "evaluation audit: condition 'faulty' s declares 1 faults, 0 acted" in row.error
+    assert report.evaluations == ()
+
+
+def test_a_clean_evaluation_with_a_fault_is_not_a_number(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate_module, "Entry", lambda faults: Entry((FAULT,)))
+    (row,) = advance(folder, run_of()).trainings
+    assert row.status == "failed"
+    assert "condition 'clean'" in row.error
+
+
+def test_evaluation_reports_what_the_fault_did(folder: Path) -> None:
+    rows = {row.condition: row for row in advance(folder, run_of()).evaluations}
+    assert rows["clean"].faults == ()
+    (measure,) = rows["faulty"].faults
+    assert measure.calls == 2  # 32 rows in batches of 16
+    assert 0 < measure.affected_fraction < 1
+    assert 0 < measure.relative_error < 1
+    assert rows["faulty"].rows == 32
+    assert rows["faulty"].final
+
+
+def test_faults_keep_their_declared_order_whatever_the_pack() -> None:
+    first = DeadZone(layers=(0,), threshold=0.1)
+    second = RelativeGaussian(layers=(0,), modules=(".",), scale=0.1)
+    slots = fault_slots([Entry((first,)), Entry((second,)), Entry((first, second))], LAYERS)
+    assert [slot.spec.kind for slot in slots] == ["dead_zone", "relative_gaussian"]
+    assert [slot.active.tolist() for slot in slots] == [[True, False, True], [False, True, True]]
+    crossed = fault_slots([Entry((first, second)), Entry((second, first))], LAYERS)
+    order = [(slot.spec.kind, slot.active.tolist()) for slot in crossed]
+    assert order == [
+        ("dead_zone", [True, False]),
+        ("relative_gaussian", [True, True]),
+        ("dead_zone", [False, True]),
+    ]
