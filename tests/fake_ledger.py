@@ -282,6 +282,7 @@ def write_fake(
     if search and study.search is not None:
         rows += search_rows(study, scenarios)
     if confirm:
+        folder.lock.write_text('{"format": 1}', encoding="utf-8")
         rows += confirm_rows(study, scenarios, jitter=jitter, fail=fail, first=first)
     Ledger(folder.ledger).append(rows)
     return Fake(folder, study, tuple(rows))

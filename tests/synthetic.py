@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,7 +56,11 @@ class Behaviour(NamedTuple):
 
 
 def engine(behaviour: Behaviour = Behaviour()) -> Engine:  # noqa: B008
-    """Return an engine that behaves like this."""
+    """Return an engine that behaves like this, in any process."""
+    import ray.cloudpickle
+
+    # Workers do not have the tests on their path.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     return Engine(load_base=load_base, open_pack=functools.partial(Synthetic, behaviour=behaviour))
 
 

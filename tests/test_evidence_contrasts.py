@@ -228,6 +228,8 @@ def test_corrections_refuse_what_is_no_p_value(adjust: object, bad: float) -> No
 def test_importing_evidence_is_cheap() -> None:
     """`--help`, `plan` and `report` import this room, so the heavy libraries must stay out."""
     heavy = ["numpy", "scipy", "pandas", "torch", "ray", "transformers"]
-    code = f"import sys, aqn_tune.evidence; print([m for m in {heavy} if m in sys.modules])"
+    code = (
+        f"import sys, aqn_tune.evidence.assemble; print([m for m in {heavy} if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -154,13 +154,17 @@ def oracle_losses(folder: Path, run: Run, steps: int) -> list[float]:
     for epoch in (1, 2):
         generator = torch.Generator().manual_seed(stream_seed(run.seed, "data", epoch))
         order += torch.randperm(len(rows), generator=generator).tolist()
+    whole = [f"Question: {r.question}\nAnswer: {r.answer}{tokenizer.eos_token}" for r in rows]
+    # The noise is drawn for every position, so both need rows of the same length: the longest of the
+    # split, in steps of 8.
+    width = -(-max(len(ids) for ids in tokenizer(whole)["input_ids"]) // 8) * 8
     losses = []
     for step in range(steps):
         state["step"] = step
         batch = [rows[i] for i in order[step * spec.batch_size : (step + 1) * spec.batch_size]]
         prompts = [f"Question: {row.question}\nAnswer:" for row in batch]
         texts = [f"{p} {row.answer}{tokenizer.eos_token}" for p, row in zip(prompts, batch, strict=True)]
-        encoded = tokenizer(texts, padding="max_length", max_length=64, return_tensors="pt")
+        encoded = tokenizer(texts, padding="max_length", max_length=width, return_tensors="pt")
         labels = encoded["input_ids"].clone()
         for i, text in enumerate(prompts):
             labels[i, : len(tokenizer(text)["input_ids"])] = -100

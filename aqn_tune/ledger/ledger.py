@@ -29,10 +29,13 @@ class Ledger:
         self.evaluations: dict[tuple[str, int, str, str, str], EvaluationRow] = {}
         self.cells: dict[tuple[str, int, str, str, int], CellRow] = {}
         self.search: list[SearchRow] = []
-        for row in self._rows():
+        self.seconds: dict[str, float] = {}
+        """Wall time that each training has taken so far, all its rows together."""
+        for row in self.rows():
             self._index(row)
 
-    def _rows(self) -> Iterator[LedgerRow]:
+    def rows(self) -> Iterator[LedgerRow]:
+        """Read every row from disk, in the order in which they were written."""
         if not self.path.exists():
             return
         text = self.path.read_text(encoding="utf-8")
@@ -51,6 +54,8 @@ class Ledger:
     def _index(self, row: LedgerRow) -> None:
         if isinstance(row, TrainingRow):
             self.trainings[row.training_key] = row
+            spent = self.seconds.get(row.training_key, 0.0)
+            self.seconds[row.training_key] = spent + row.seconds
             self.rungs[row.training_key, row.step_reached] = row
         elif isinstance(row, EvaluationRow):
             self.evaluations[evaluation_id(row)] = row

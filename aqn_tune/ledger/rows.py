@@ -76,7 +76,9 @@ class TrainingRow(Spec):
         description="unfinished: reached a rung and waits, or was stopped there; failed: never a number."
     )
     error: str = Field("", description="Why it failed.")
-    seconds: float = Field(description="Its share of the wall time of its pack, training and evaluation.")
+    seconds: float = Field(
+        description="Its share of its pack's wall time, training and evaluation, since the last row."
+    )
     pack: str = Field(description="Pack it ran in.")
     pack_size: int = Field(description="Replicates in that pack.")
     train_losses: tuple[float, ...] = Field((), description="Training loss at each step since the last row.")

@@ -82,7 +82,9 @@ def _row(judged: Judged, x: Scale, y: float) -> list[str]:
     css = judged.verdict.word
     parts = [draw.text(18, y + 4, contrast_label(judged), "small")]
     one = judged.contrast
-    if one is not None:
+    if one is None:
+        parts.append(draw.text(x(0) + 8, y + 4, "no test", "small faint"))
+    else:
         if judged.low is not None and judged.high is not None:
             parts.append(draw.line(x(judged.low), y, x(judged.high), y, f"family {css}"))
         if one.low is not None and one.high is not None:

@@ -153,9 +153,12 @@ class DriverCallback(Callback):  # type: ignore[misc]
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Report a trial that Ray gave up."""
-        self.driver.lost(
-            trial.config["name"], f"its worker died {trial.num_failures} times, last: {_cause(trial)}"
-        )
+        cause = _cause(trial)
+        if "creation task" in cause:
+            # No pack was reached: every other trial would end in the same way.
+            self.driver.fatal = RuntimeError(f"a worker cannot start: {cause}")
+        times = trial.run_metadata.num_failures
+        self.driver.lost(trial.config["name"], f"its worker died {times} times, last: {cause}")
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Let the display count."""
@@ -178,8 +181,10 @@ class DriverStopper(Stopper):  # type: ignore[misc]
 
 
 def _cause(trial: Any) -> str:
-    """Return the first line of what Ray recorded last for a trial."""
+    """Return what Ray recorded last for a trial, on one line."""
     with open(trial.error_file, encoding="utf-8") as file:
         text = file.read().split("Failure # ")[-1]
     lines = [line.strip() for line in text.splitlines()[1:] if line.strip()]
-    return lines[0] if lines else "unknown"
+    if not lines:
+        return "unknown"
+    return lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from pydantic import TypeAdapter
 
+from aqn_tune.study.code import code_hash
 from aqn_tune.study.engine import RungReport
 from aqn_tune.study.keys import content_hash
 from aqn_tune.study.runs import Pack
@@ -33,8 +34,12 @@ def state_path(folder: Path, pack: Pack) -> Path:
 
 
 def pack_hash(pack: Pack) -> str:
-    """Return the identity of what a pack trains; where it exports to does not enter."""
-    return content_hash(pack.model_dump(mode="json", exclude={"export"}))
+    """Return the identity of what a pack trains, and with which code.
+
+    Where it exports to does not enter. The code does: half a training of another version would be
+    continued without a word otherwise.
+    """
+    return content_hash([code_hash(), pack.model_dump(mode="json", exclude={"export"})])
 
 
 def write_state(path: Path, pack: Pack, saved: SavedState) -> None:

@@ -211,9 +211,9 @@ def _samples(
     groups: dict[tuple[Workload, int], list[Sample]] = {}
     for key, row in ledger.trainings.items():
         training = trainings.get(key)
-        if training is None or row.status != "finished" or not row.seconds > 0:
+        if training is None or row.status != "finished" or not ledger.seconds[key] > 0:
             continue
-        sample = Sample(row.step_reached, rows.get(key, 0), row.seconds)
+        sample = Sample(row.step_reached, rows.get(key, 0), ledger.seconds[key])
         groups.setdefault((workload_of(setting, training), row.pack_size), []).append(sample)
     return groups
 

@@ -98,8 +98,8 @@ def _config_file(model: ModelSpec) -> Path:
         cached = None
     if not isinstance(cached, str):
         raise UserError(
-            f"model.path: got {model.path!r}, which is neither 'embedded', nor a folder, nor in the "
-            f"Hugging Face cache; for a hub model run `hf download {model.path}` first"
+            f"model.path: got {model.path!r}, which is neither 'embedded', nor a folder, nor in "
+            f"the Hugging Face cache; for a hub model run `hf download {model.path}` first"
         )
     return Path(cached)
 

@@ -37,7 +37,7 @@ def as_user_error(error: ValidationError, model: type[BaseModel], source: Source
 
 
 def located(source: Source, message: str) -> UserError:
-    """Return `message` with the place of the dotted key that it begins with, if it begins with one."""
+    """Return `message` with the place of the dotted key it begins with, if it does."""
     key, sign, _ = message.partition(": ")
     path = find(source, key) if sign else None
     return UserError(message if path is None else f"{source.place(path)}: {message}")

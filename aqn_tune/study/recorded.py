@@ -41,16 +41,31 @@ def recorded_runs(
                     params=row.params,
                     layer_count=layer_count,
                 )
-    found = stage_cells(
-        study, setting, scenarios, stage="confirm", layer_count=layer_count, finalists=finalists
-    )
-    return unique_runs([*cells, *found.cells])
+    generations: dict[int, int] = {}
+    for row in ledger.cells.values():
+        if row.stage == "confirm":
+            seeds = generations.get(row.generation, 0)
+            generations[row.generation] = max(seeds, row.replicate + 1)
+    for generation, replicates in generations.items():
+        changes = {"generation": generation, "replicates": replicates}
+        confirm = study.confirm.model_copy(update=changes)
+        found = stage_cells(
+            study.model_copy(update={"confirm": confirm}),
+            setting,
+            scenarios,
+            stage="confirm",
+            layer_count=layer_count,
+            finalists=finalists,
+        )
+        cells += found.cells
+    return unique_runs(cells)
 
 
 def find_cell(ledger: Ledger, name: str) -> CellRow:
     """Return the cell `stage/scenario/arm/replicate`, or one that a training key serves.
 
-    Raises UserError with the nearest name when there is none.
+    Of several confirm generations the last one counts. Raises UserError with the nearest name when
+    there is none.
     """
     cells = {
         f"{row.stage}/{row.scenario}/{row.arm}/{row.replicate}": row

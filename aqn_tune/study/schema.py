@@ -47,11 +47,11 @@ class ConfirmSpec(Spec):
     replicates: int = Field(
         8, ge=6, description="Fresh seeds; below 6 the exact paired test cannot reach p = 0.05."
     )
-    alpha: float = Field(0.05, gt=0, lt=1, description="Familywise error rate of the whole study.")
+    alpha: float = Field(0.05, gt=0, lt=0.5, description="Familywise error rate of the whole study.")
     margin: float = Field(
         0.05, gt=0, description="Smallest difference worth acting on, as a share of the gain G."
     )
-    power: float = Field(0.8, gt=0, lt=1, description="Power at which the detectable effect is stated.")
+    power: float = Field(0.8, ge=0.5, lt=1, description="Power at which the detectable effect is stated.")
     contrasts: tuple[tuple[str, str], ...] = Field(
         (
             ("finalist1", "finalist1_none"),

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
     from aqn_tune.tasks import Example
 
-ROW_MULTIPLE = 16
-"""Positions per row that reach the head are rounded to this, so that matrix shapes stay multiples of
-16: only then does a product over a pack equal the product over one replica bit for bit."""
+ROW_MULTIPLE = 8
+"""Row lengths are rounded to this: with an even batch, matrix shapes stay multiples of 16, and only
+then does a product over a pack equal the product over one replica bit for bit."""
 
 
 class TokenSet(NamedTuple):
@@ -48,16 +48,19 @@ class TokenLoss(NamedTuple):
 
 
 def load_tokens(tokenizer: Any, examples: Sequence[Example], max_length: int) -> TokenSet:
-    """Encode a split; see `aqn_tune.tasks.encode` for the rules and errors."""
+    """Encode a split; see `aqn_tune.tasks.encode` for the rules and errors.
+
+    Columns in which the whole split is padding are left out: they enter no loss, no fault's
+    reference and no count.
+    """
     encoded = encode(tokenizer, examples, max_length)
     answer = torch.from_numpy(encoded.answer_mask)
-    first = max(int(answer.int().argmax(dim=1).min()) - 1, 0)
-    return TokenSet(
-        torch.from_numpy(encoded.tokens),
-        answer,
-        torch.from_numpy(encoded.valid),
-        first // ROW_MULTIPLE * ROW_MULTIPLE,
-    )
+    valid = torch.from_numpy(encoded.valid)
+    first = max(int(answer.int().argmax(dim=1).min()) - 1, 0) // ROW_MULTIPLE * ROW_MULTIPLE
+    longest = int(valid.sum(dim=1).max())
+    width = min(-(-longest // ROW_MULTIPLE) * ROW_MULTIPLE, max_length)
+    tokens = torch.from_numpy(encoded.tokens)[:, :width].contiguous()
+    return TokenSet(tokens, answer[:, :width].contiguous(), valid[:, :width].contiguous(), first)
 
 
 def answer_logits(model: torch.nn.Module, batch: TokenSet) -> Tensor:

@@ -44,6 +44,8 @@ class TorchPack:
         self._keys = [run.training_key(setting) for run in pack.runs]
         self._rung = 0
         self._eval_seconds = 0.0
+        self._reported_step = 0
+        self._reported_seconds = 0.0
         lora = pack.runs[0].training.method.kind == "lora"
         groups: list[tuple[Run, ...]] = [pack.runs] if lora else [(run,) for run in pack.runs]
         train = self._split("train")
@@ -76,7 +78,11 @@ class TorchPack:
                     row = row.model_copy(update={"audit": audits[replica]})
                 trainings.append(self._exported(member, replica, row))
         self._rung += 1
+        self._reported_step, self._reported_seconds = step, self._seconds()
         return RungReport(step, tuple(rows), tuple(trainings))
+
+    def _seconds(self) -> float:
+        return sum(member.seconds for member in self._members) + self._eval_seconds
 
     def _evaluate(self, member: ReplicaPack) -> list[Evaluated]:
         data = self._split(self._pack.split)
@@ -118,19 +124,19 @@ class TorchPack:
         run = member.runs[replica]
         failure = member.failures.get(replica, "")
         status = "failed" if failure else "finished" if step == run.training.steps else "unfinished"
-        share = (sum(m.seconds for m in self._members) + self._eval_seconds) / len(self._pack.runs)
+        losses = member.train_losses[replica]
         return TrainingRow(
             training_key=key,
             stage=self._pack.stage,
             seed=run.seed,
             steps=run.training.steps,
-            step_reached=len(member.train_losses[replica]),
+            step_reached=len(losses),
             status=status,
             error=failure,
-            seconds=share,
+            seconds=(self._seconds() - self._reported_seconds) / len(self._pack.runs),
             pack=self._pack.name,
             pack_size=len(self._pack.runs),
-            train_losses=tuple(member.train_losses[replica]),
+            train_losses=tuple(losses[self._reported_step :]),
         )
 
     def _exported(self, member: ReplicaPack, replica: int, row: TrainingRow) -> TrainingRow:
@@ -169,6 +175,8 @@ class TorchPack:
         self._eval_seconds = saved["eval_seconds"]
         for member, values in zip(self._members, saved["members"], strict=True):
             member.restore(PackState(**values))
+        self._reported_step = self._members[0].step
+        self._reported_seconds = self._seconds()
 
     def close(self) -> None:
         """Drop the models; see `PackTraining.close`."""

@@ -39,14 +39,15 @@ class ReplicaLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [F * B, T, out]."""
-        y: Tensor = self.base_layer(x)
         a, b = self.lora_a, self.lora_b
         if self.replica_of_fold is not None:
             a, b = a[self.replica_of_fold], b[self.replica_of_fold]
-        folds = a.shape[0]
-        hidden = torch.bmm(x.reshape(folds, -1, x.shape[-1]), a)
-        folded = torch.baddbmm(y.reshape(folds, -1, y.shape[-1]), hidden, b, alpha=self.scaling)
-        return folded.view_as(y)
+        folded = x.reshape(a.shape[0], -1, x.shape[-1])
+        y: Tensor = self.base_layer(folded)
+        # In place: the frozen layer's backward pass needs its input only, and a copy of every
+        # projection is a tenth of a training step.
+        y.baddbmm_(torch.bmm(folded, a), b, alpha=self.scaling)
+        return y.view(*x.shape[:-1], -1)
 
 
 class AdapterSite(NamedTuple):

@@ -1,0 +1,198 @@
+"""The lock: what a confirmation was fixed to before its first run."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from aqn_tune.errors import UserError
+from aqn_tune.study.base import Spec
+from aqn_tune.study.cells import ArmCells, Finalist
+from aqn_tune.study.code import code_hash
+from aqn_tune.study.folder import study_hash
+from aqn_tune.study.schema import Study
+from aqn_tune.study.space import Value
+
+LOCK_FORMAT = 1
+
+
+class LockedFinalist(Spec):
+    """A config that was chosen by the search."""
+
+    scenario: str = Field(description="Scenario whose search chose it.")
+    rank: int = Field(ge=1, description="1 for the best.")
+    config: str = Field(description="Config id in the search.")
+    params: dict[str, Value] = Field(description="Its parameters.")
+
+
+class LockedArm(Spec):
+    """An arm of one scenario."""
+
+    scenario: str = Field(description="The scenario.")
+    arm: str = Field(description="Name of the arm.")
+    training_keys: tuple[str, ...] = Field(description="Its trainings, one per seed, in their order.")
+
+
+class MissingArm(Spec):
+    """An arm that cannot exist in a scenario."""
+
+    scenario: str = Field(description="The scenario.")
+    arm: str = Field(description="Name of the arm.")
+    reason: str = Field(description="Why it cannot exist.")
+
+
+class ConfirmLock(Spec):
+    """Everything a confirmation could be tempted to choose after seeing results."""
+
+    generation: int = Field(ge=0, description="Generation of confirm seeds.")
+    study: str = Field(description="Hash of the study.")
+    metric: Literal["faulty test loss"] = Field(
+        "faulty test loss",
+        description="What is compared: mean answer cross-entropy under the scenario's faults.",
+    )
+    replicates: int = Field(description="Seeds per arm.")
+    seeds: tuple[int, ...] = Field(description="The seeds, the same in every arm.")
+    finalists: tuple[LockedFinalist, ...] = Field(description="Configs taken from the search.")
+    arms: tuple[LockedArm, ...] = Field(description="Every arm of every scenario.")
+    missing: tuple[MissingArm, ...] = Field(description="Arms that cannot exist, with the reason.")
+    contrasts: tuple[tuple[str, str], ...] = Field(
+        description="Primary contrasts (arm, reference) of every scenario: the family."
+    )
+    alpha: float = Field(description="Familywise error rate.")
+    power: float = Field(description="Power at which detectable effects are stated.")
+    margin_fraction: float = Field(description="Smallest difference worth acting on, as a share of G.")
+    gain: float | None = Field(
+        description="G in the search (validation): clean loss of the untrained base less that of the "
+        "clean arm; null without a search."
+    )
+    margin: float | None = Field(
+        description="margin_fraction * gain, in units of loss; null: taken from the confirmation's G."
+    )
+    version: str = Field(description="Version of aqn_tune.")
+    code: str = Field(description="Hash of the code of aqn_tune.")
+    created: str = Field(description="When it was written (UTC, ISO 8601).")
+
+
+_ABOUT_THE_WRITING = {"version", "code", "created"}
+
+
+class LockFile(Spec):
+    """The locks of a study, one per generation; an earlier one is never changed."""
+
+    format: int = Field(LOCK_FORMAT, description="Format of the file.")
+    generations: tuple[ConfirmLock, ...] = Field((), description="The locks, in the order written.")
+
+    def generation(self, number: int) -> ConfirmLock | None:
+        """Return the lock of one generation, None when it was not locked."""
+        return next((lock for lock in self.generations if lock.generation == number), None)
+
+
+def make_lock(
+    study: Study, finalists: Sequence[Finalist], cells: ArmCells, *, gain: float | None
+) -> ConfirmLock:
+    """Return the lock that a study comes to now."""
+    confirm = study.confirm
+    seeds = {cell.replicate: cell.run.seed for cell in cells.cells}
+    keys: dict[tuple[str, str], list[str]] = {}
+    for cell in cells.cells:
+        keys.setdefault((cell.scenario, cell.arm), []).append(cell.training_key)
+    return ConfirmLock(
+        generation=confirm.generation,
+        study=study_hash(study),
+        metric="faulty test loss",
+        replicates=confirm.replicates,
+        seeds=tuple(seeds[replicate] for replicate in sorted(seeds)),
+        finalists=tuple(LockedFinalist.model_validate(each._asdict()) for each in finalists),
+        arms=tuple(
+            LockedArm(scenario=scenario, arm=arm, training_keys=tuple(own))
+            for (scenario, arm), own in keys.items()
+        ),
+        missing=tuple(MissingArm.model_validate(each._asdict()) for each in cells.missing),
+        contrasts=study.primary_contrasts(),
+        alpha=confirm.alpha,
+        power=confirm.power,
+        margin_fraction=confirm.margin,
+        gain=gain,
+        margin=None if gain is None else confirm.margin * gain,
+        version=metadata.version("aqn_tune"),
+        code=code_hash(),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+
+
+def read_locks(path: Path) -> LockFile:
+    """Return the locks of a study, none when it was never locked.
+
+    Raises UserError when the file was changed or belongs to another version.
+    """
+    if not path.exists():
+        return LockFile()
+    try:
+        return LockFile.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            f"{path}: not a lock file ({'.'.join(map(str, first['loc']))}: {first['msg']}); "
+            "the file was changed, or written by another version"
+        ) from None
+
+
+def hold_lock(path: Path, wanted: ConfirmLock) -> ConfirmLock:
+    """Return the lock of a generation; write it if there is none yet.
+
+    Raises UserError when the generation is locked to something else than `wanted`, with every
+    difference. What wrote it and when may differ; `check_code` is for that.
+    """
+    locks = read_locks(path)
+    held = locks.generation(wanted.generation)
+    if held is None:
+        generations = (*locks.generations, wanted)
+        _replace(path, LockFile(format=LOCK_FORMAT, generations=generations))
+        return wanted
+    differences = [
+        f"  {name}: locked {_short(old)}, now {_short(new)}"
+        for name, old, new in _pairs(held, wanted)
+        if old != new
+    ]
+    if differences:
+        raise UserError(
+            f"{path}: generation {held.generation} was locked on {held.created} to something else:\n"
+            + "\n".join(differences)
+            + "\nA locked confirmation is not changed or extended; put the study back, or raise "
+            f"confirm.generation to {max(lock.generation for lock in locks.generations) + 1} to "
+            "confirm afresh on new seeds"
+        )
+    return held
+
+
+def check_code(path: Path, held: ConfirmLock) -> None:
+    """Raise UserError when the code is not the one the lock was written with."""
+    if held.code != code_hash():
+        raise UserError(
+            f"{path}: generation {held.generation} was locked with aqn_tune {held.version}, code "
+            f"{held.code}; this is code {code_hash()}. One confirmation cannot mix two versions: "
+            "finish it with the one it began with, or raise confirm.generation"
+        )
+
+
+def _pairs(held: ConfirmLock, wanted: ConfirmLock) -> list[tuple[str, Any, Any]]:
+    old, new = (lock.model_dump(mode="json", exclude=_ABOUT_THE_WRITING) for lock in (held, wanted))
+    return [(name, old[name], new[name]) for name in old]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 200 else text[:200] + " ..."
+
+
+def _replace(path: Path, locks: LockFile) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".tmp")
+    new.write_text(locks.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    new.replace(path)

@@ -1,0 +1,246 @@
+"""Bad input: one clear message, exit code 2, no traceback, nothing half-written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from aqn_tune.cli.app import main
+
+STUDY = """\
+study: demo
+output: OUTPUT
+scenario:
+  faults:
+    - kind: dead_zone
+      layers: [10]
+      threshold: 0.2
+sweep:
+  faults.0.threshold: [0.01, 0.1]
+search:
+  space:
+    dimensions:
+      sigma_start: {kind: float, low: 0.005, high: 0.2}
+      targeting: {kind: choice, values: [global, window]}
+      window_centre: {kind: int, low: 0, high: 27, when: {targeting: [window]}}
+      window_width: {kind: int, low: 1, high: 9, when: {targeting: [window]}}
+  configs: 4
+confirm: {replicates: 6}
+"""
+
+# what is changed in the text, what is overridden, fragments of the message
+CASES: dict[str, tuple[tuple[str, str], str, tuple[str, ...]]] = {
+    "misspelt key": (
+        ("      threshold:", "      treshold:"),
+        "",
+        ("demo.yaml:7", "scenario.faults.0.treshold", "unknown key", "did you mean 'threshold'?"),
+    ),
+    "missing key": (
+        ("      threshold: 0.2\n", ""),
+        "",
+        ("demo.yaml:5", "scenario.faults.0.threshold", "missing", "flushed to zero"),
+    ),
+    "unknown fault": (
+        ("dead_zone", "ded_zone"),
+        "",
+        ("demo.yaml:5", "'ded_zone'", "dead_zone, relative_gaussian", "did you mean 'dead_zone'?"),
+    ),
+    "layer 28 of 28": (
+        ("[10]", "[28]"),
+        "",
+        ("demo.yaml:6", "scenario.faults.0.layers", "no layer 28 of 28", "0 to 27"),
+    ),
+    "threshold is no number": (
+        ("threshold: 0.2", "threshold: high"),
+        "",
+        ("demo.yaml:7", "scenario.faults.0.threshold", "got 'high'", "allowed: a number"),
+    ),
+    "negative sigma": (
+        ("", ""),
+        "controls.schedule={kind: geometric, sigma_start: -0.1}",
+        ("--set", "controls.schedule.sigma_start", "got -0.1", "greater than or equal to 0"),
+    ),
+    "negative sigma in the space": (
+        ("low: 0.005", "low: -0.005"),
+        "",
+        ("demo.yaml:13", "dimensions.sigma_start", "got -0.005", "of at least 0"),
+    ),
+    "not YAML": (
+        ("layers: [10]", "layers: [10"),
+        "",
+        ("demo.yaml:7", "not valid YAML"),
+    ),
+    "key named twice": (
+        ("      threshold: 0.2", "      threshold: 0.2\n      threshold: 0.3"),
+        "",
+        ("demo.yaml:8", "threshold", "twice", "line 7"),
+    ),
+    "unknown arm in a contrast": (
+        ("{replicates: 6}", "{replicates: 6, contrasts: [[globl, fault_only]]}"),
+        "",
+        ("demo.yaml:18", "confirm.contrasts", "'globl'", "did you mean 'global'?"),
+    ),
+    "sweep of an unknown key": (
+        ("faults.0.threshold: [", "faults.0.treshold: ["),
+        "",
+        ("demo.yaml:9", "sweep.faults.0.treshold", "did you mean 'faults.0.threshold'?"),
+    ),
+    "sweep value": (
+        ("[0.01, 0.1]", "[0.01, -0.1]"),
+        "",
+        ("demo.yaml:9", "sweep.faults.0.threshold", "got -0.1"),
+    ),
+    "scenario twice": (("[0.01, 0.1]", "[0.1, 0.10]"), "", ("demo.yaml:8", "2 combinations")),
+    "override of an unknown key": (
+        ("", ""),
+        "training.stps=50",
+        ("--set training.stps=50", "training.stps", "did you mean 'steps'?"),
+    ),
+    "override without a value": (("", ""), "training.steps", ("key.of.study=value",)),
+    "override past the end of a list": (
+        ("", ""),
+        "scenario.faults.1.threshold=0.1",
+        ("is a list of 1", "'1'", "0 to 0"),
+    ),
+    "too few confirm seeds": (
+        ("replicates: 6", "replicates: 5"),
+        "",
+        ("demo.yaml:18", "confirm.replicates", "got 5", "greater than or equal to 6"),
+    ),
+    "unknown dimension": (
+        ("window_centre", "window_center"),
+        "",
+        ("demo.yaml:11", "'window_center'", "did you mean 'window_centre'?"),
+    ),
+    "dimension that nobody reads": (
+        ("", ""),
+        "search.space.dimensions.random_count={kind: fixed, value: 2}",
+        ("search.space.dimensions", "random_count has no effect with targeting 'global'", "`when`"),
+    ),
+    "window beyond the last layer": (
+        ("high: 27", "high: 28"),
+        "",
+        ("demo.yaml:15", "dimensions.window_centre", "got 28", "0 to 27"),
+    ),
+    "unknown targeting in the space": (
+        ("[global, window]", "[global, windw]"),
+        "",
+        ("demo.yaml:14", "dimensions.targeting", "'windw'", "did you mean 'window'?"),
+    ),
+    "missing space file": (
+        ("", ""),
+        "search.space=nowhere.yaml",
+        ("search.space", "nowhere.yaml", "no such file"),
+    ),
+    "missing data file": (
+        ("", ""),
+        "task={kind: jsonl, train: a.jsonl, test: b.jsonl}",
+        ("task.train", "no file a.jsonl"),
+    ),
+    "missing model": (("", ""), "model.path=./nowhere", ("model.path", "./nowhere", "nor a folder")),
+    "multipliers of the wrong length": (
+        ("", ""),
+        "arms={mine: {noise: {targeting: {kind: multipliers, values: [1, 2]}}}}",
+        ("arms.mine", "got 2 numbers for 28 layers"),
+    ),
+    "own arm with a control's name": (
+        ("", ""),
+        "arms={global: {}}",
+        ("arms.global", "taken by a control"),
+    ),
+    "rank without LoRA": (
+        ("", ""),
+        "arms={mine: {rank: 4}}",
+        ("arms.mine", "full fine-tuning has no rank"),
+    ),
+    "output is a file": (
+        ("OUTPUT", "demo.yaml"),
+        "",
+        ("demo.yaml:2", "output", "is a file"),
+    ),
+    "decisions with a hole": (
+        ("", ""),
+        "decisions={contrasts: [[global, fault_only]], rows: [{when: ['>'], say: yes}]}",
+        ("decisions", "no row answers"),
+    ),
+    "unquoted tilde in decisions": (
+        ("", ""),
+        "decisions={contrasts: [[global, fault_only]], rows: [{when: [~], say: yes}]}",
+        ("decisions.rows.0.when.0", "null", "quotes"),
+    ),
+    "noise that injects nothing": (
+        ("", ""),
+        "controls.schedule={kind: constant, sigma: 0}",
+        ("controls.schedule", "injects nothing"),
+    ),
+    "every problem at once": (
+        ("      threshold: 0.2", "      threshold: x\n      limit: 3"),
+        "",
+        ("demo.yaml:7", "demo.yaml:8", "unknown key"),
+    ),
+}
+
+
+@pytest.mark.parametrize("command", ["plan", "run"])
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input(
+    case: str,
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (old, new), override, fragments = CASES[case]
+    if case == "rank without LoRA":
+        old, new = "study: demo\n", "study: demo\ntraining: {method: {kind: full}}\n"
+    assert old in STUDY
+    monkeypatch.chdir(tmp_path)
+    Path("demo.yaml").write_text(STUDY.replace(old, new, 1).replace("OUTPUT", "results"))
+    before = sorted(tmp_path.rglob("*"))
+    arguments = [command, "demo.yaml", *(["--set", override] if override else [])]
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    for fragment in fragments:
+        assert fragment in captured.err
+    assert "Traceback" not in captured.err and captured.out == ""
+    assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (["plan", "dmo.yaml"], ("dmo.yaml", "no such file", "did you mean 'demo.yaml'?")),
+        (["plan", "elsewhere/demo.yaml"], ("the folder elsewhere does not exist",)),
+        (["plan", "."], ("cannot be read",)),
+        (["status", "demo.yaml"], ("no results yet", "aqn-tune run demo.yaml")),
+        (["status", "."], ("no study.yaml here",)),
+        (["report", "."], ("no study.yaml here",)),
+        (["rerun", ".", "x"], ("no study.yaml here",)),
+        (["status", ".", "--set", "a=b"], ("--set", "cannot be changed")),
+        (["train", "demo.yaml", "--arm", "globl"], ("'globl'", "did you mean 'global'?")),
+        (["train", "demo.yaml", "--arm", "clean", "--scenario", "x"], ("both-threshold0.01",)),
+        (["plan"], ("Missing argument",)),
+        (["pln", "demo.yaml"], ("No such command",)),
+        (["list", "fault"], ("No such command",)),
+    ],
+)
+def test_bad_arguments(
+    arguments: list[str],
+    fragments: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("demo.yaml").write_text(STUDY.replace("OUTPUT", "results"))
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    for fragment in fragments:
+        assert fragment in captured.err
+    assert "Traceback" not in captured.err
+    assert [path.name for path in tmp_path.rglob("*")] == ["demo.yaml"]

@@ -1,0 +1,70 @@
+"""The manifest: versions, hashes and times."""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+from pathlib import Path
+
+from fake_ledger import make_setting, make_study
+
+from aqn_tune.report.manifest import (
+    code_hash,
+    finish_manifest,
+    hash_files,
+    read_manifest,
+    version_of,
+    write_manifest,
+)
+from aqn_tune.study.folder import study_folder, study_hash
+
+
+def test_a_manifest_names_what_a_study_was_run_with(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    folder = study_folder(study)
+    write_manifest(folder, study, make_setting(study))
+    content = json.loads(folder.manifest.read_text())
+    assert content["study_hash"] == study_hash(study)
+    assert content["model_fingerprint"] == "f" * 16
+    assert content["finished"] is None
+    (start,) = content["starts"]
+    assert start["packages"]["pydantic"] == metadata.version("pydantic")
+    assert start["code_hash"] == code_hash()
+    finish_manifest(folder)
+    assert read_manifest(folder)["finished"] >= content["started"]
+
+
+def test_continuing_keeps_the_first_start_and_lists_both(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    folder = study_folder(study)
+    write_manifest(folder, study, make_setting(study))
+    first = read_manifest(folder)
+    write_manifest(folder, study, make_setting(study))
+    second = read_manifest(folder)
+    assert second["started"] == first["started"]
+    assert second["starts"][0] == first["starts"][0]
+    assert len(second["starts"]) == 2
+
+
+def test_a_folder_without_a_manifest_stays_without_one(tmp_path: Path) -> None:
+    folder = study_folder(make_study(tmp_path))
+    finish_manifest(folder)
+    assert read_manifest(folder) == {}
+    assert not folder.manifest.exists()
+
+
+def test_the_code_hash_sees_content_and_place_but_not_order(tmp_path: Path) -> None:
+    one, two = tmp_path / "a.py", tmp_path / "b.py"
+    one.write_text("x = 1\n")
+    two.write_text("y = 2\n")
+    before = hash_files(tmp_path, [one, two])
+    assert hash_files(tmp_path, [two, one]) == before
+    two.write_text("y = 3\n")
+    assert hash_files(tmp_path, [one, two]) != before
+    two.write_text("y = 2\n")
+    assert hash_files(tmp_path, [one, two]) == before
+    assert hash_files(tmp_path, [one, two.rename(tmp_path / "c.py")]) != before
+
+
+def test_a_package_that_is_not_installed_has_no_version() -> None:
+    assert version_of("a-package-that-does-not-exist") is None

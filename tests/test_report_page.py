@@ -1,0 +1,366 @@
+"""What the report says about planted numbers, and what it must not say."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from fake_ledger import DAMAGE, Fake, write_fake
+
+from aqn_tune.errors import UserError
+from aqn_tune.report.loading import load_results
+from aqn_tune.report.page import context, render_html, render_markdown
+from aqn_tune.report.parquet import run_lines
+from aqn_tune.report.results import Results
+from aqn_tune.report.summary import summary_of, summary_text
+from aqn_tune.report.verdict_file import verdict_content
+from aqn_tune.report.write import write_report
+from aqn_tune.study.folder import StudyFolder
+
+FAILED = ("both-threshold0.2", "targeted", 5)
+
+
+TWO = {"sweep": {"faults.0.threshold": [0.1, 0.2]}}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Fake:
+    """A complete study: four thresholds, trained through and met at deployment."""
+    return write_fake(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module")
+def results(whole: Fake) -> Results:
+    return load_results(whole.folder)
+
+
+@pytest.fixture(scope="module")
+def markdown(results: Results) -> str:
+    return render_markdown(context(results))
+
+
+@pytest.fixture(scope="module")
+def html(results: Results) -> str:
+    return render_html(context(results))
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """One seed of one arm failed; that arm would otherwise win."""
+    return load_results(write_fake(tmp_path_factory.mktemp("broken"), fail=[FAILED], **TWO).folder)
+
+
+def rows_of(markdown: str, heading: str) -> list[list[str]]:
+    """Return the cells of the table below the heading that starts with `heading`."""
+    below = re.split(rf"^#+ {re.escape(heading)}.*$", markdown, maxsplit=1, flags=re.M)[1]
+    table = re.search(r"(?:^\|.*\n)+", below, flags=re.M)
+    assert table is not None
+    return [
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for line in table[0].strip().splitlines()[2:]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("during", "threshold", "regime", "say"),
+    [
+        ("both", "0.01", "harmless", "no benefit at this margin"),
+        ("both", "0.1", "degrading", "noise helps, and targeting helps on top"),
+        ("both", "0.5", "catastrophic", "noise helps, and targeting helps on top"),
+        ("eval", "0.2", "degrading", "noise helps, and targeting helps on top"),
+    ],
+)
+def test_each_scenario_has_its_regime_and_its_conclusion(
+    results: Results, during: str, threshold: str, regime: str, say: str
+) -> None:
+    content = verdict_content(results)["scenarios"][f"{during}-threshold{threshold}"]
+    assert (content["regime"], content["decision"]) == (regime, say)
+    assert content["during"] == during
+    assert content["values"]["threshold"] == float(threshold)
+    lines = render_markdown(context(results)).splitlines()
+    assert any(
+        line.startswith(f"- **threshold {threshold}** ({regime},") and say in line for line in lines
+    )
+
+
+def test_training_through_a_fault_and_meeting_it_later_are_kept_apart(markdown: str) -> None:
+    both, later = markdown.split("## Fault at deployment only")
+    assert "## Fault in training and at deployment" in both
+    for name in ("Primary contrasts", "Recovery"):
+        assert f"### {name}: fault in training and at deployment" in both
+        assert f"### {name}: fault at deployment only" in later
+    assert "clean arm met by the fault" not in later.split("### Primary")[0]
+
+
+def test_the_planted_recovery_is_printed(markdown: str) -> None:
+    found = {row[0]: row[2] for row in rows_of(markdown, "Recovery: fault in training and")}
+    share = {name: int(text.split("\u202f")[0]) for name, text in found.items()}
+    assert share["targeted"] == pytest.approx(50, abs=5)
+    assert share["global"] == pytest.approx(20, abs=5)
+    assert share["finalist1"] == pytest.approx(60, abs=5)
+
+
+def test_a_harmless_regime_has_no_recovery(markdown: str) -> None:
+    assert {row[1] for row in rows_of(markdown, "Recovery: fault in training and")} == {"n/a"}
+
+
+def test_the_luck_of_the_search_is_shown_beside_the_confirmation(markdown: str) -> None:
+    rows = rows_of(markdown, "How much of the win was luck")
+    assert len(rows) == 2 * len(DAMAGE)
+    for row in rows:
+        assert row[1:3] == ["finalist1", "c000"]
+        search, confirm, shrank = (float(cell.replace("−", "-")) for cell in row[6:9])
+        assert shrank == pytest.approx(search - confirm, abs=2e-4)
+
+
+def test_costs_add_up(results: Results, markdown: str) -> None:
+    rows = {row[0]: row for row in rows_of(markdown, "Cost")}
+    keys = {cell.training_key for cell in results.cells if cell.stage == "confirm"}
+    cells = [cell for cell in results.cells if cell.stage == "confirm"]
+    assert rows["confirm"][1:3] == [str(len(cells)), str(len(keys))]
+    assert len(keys) < len(cells)
+
+
+def test_the_statement_about_the_test_set_is_made(markdown: str, html: str) -> None:
+    for page in (markdown, html):
+        assert "Intervals hold over training seeds given this test set." in page
+
+
+def test_a_failed_run_never_becomes_a_number(broken: Results) -> None:
+    """Planted: seven good seeds of an arm whose eighth failed."""
+    markdown = render_markdown(context(broken))
+    arm = {row[0]: row for row in rows_of(markdown, "Arms: threshold 0.2")}["targeted"]
+    assert arm[1:9] == ["n/a"] * 8
+    assert arm[9] == "7 of 8, 1 failed"
+
+    contrasts = [row for row in rows_of(markdown, "Primary contrasts") if row[0] == "threshold 0.2"]
+    for row in contrasts:
+        if "targeted" in row[1]:
+            assert row[2] == "`?` inconclusive"
+            assert row[3:6] == ["n/a"] * 3
+        else:
+            assert row[2] == "`>` better"
+    assert "1 of 8 seeds failed in arm targeted" in markdown
+
+    content = verdict_content(broken)["scenarios"]["both-threshold0.2"]["arms"]["targeted"]
+    assert content["loss"] is None
+    assert content["losses"][5] is None
+    assert content["failed"] == 1
+
+    lines = [
+        line
+        for line in run_lines(broken)
+        if (line["scenario"], line["arm"], line["replicate"]) == FAILED
+        and line["stage"] == "confirm"
+    ]
+    assert [line["status"] for line in lines] == ["failed", "failed"]
+    assert all(line["loss"] is None and line["exact_match"] is None for line in lines)
+
+
+def test_failed_runs_are_listed_with_their_reason(broken: Results) -> None:
+    markdown = render_markdown(context(broken))
+    rows = rows_of(markdown, "Failed runs")
+    assert [row for row in rows if row[0] == "confirm"] == [
+        ["confirm", "confirm/both-threshold0.2/targeted/5", "20", "loss is not finite at step 7"]
+    ]
+    assert "runs failed" in summary_of(broken)
+
+
+def test_inconclusive_is_never_printed_as_equivalent(tmp_path: Path) -> None:
+    results = load_results(write_fake(tmp_path, jitter=1.0, **TWO).folder)
+    markdown = render_markdown(context(results))
+    rows = rows_of(markdown, "Primary contrasts")
+    unsure = [row for row in rows if row[2] == "`?` inconclusive"]
+    assert len(unsure) >= 4
+    page = render_html(context(results))
+    cards = page[page.index('<div class="cards">') : page.index("The four verdicts")]
+    assert cards.count(">?</b>") == len(unsure)
+    assert "~" not in cards
+    assert f"{len(unsure)} inconclusive (?)" in page
+    assert "further seeds" in page or "no feasible number of seeds" in page
+
+
+@pytest.mark.parametrize(
+    ("changes", "gap"),
+    [
+        ({"confirm": False}, "The confirmation has not begun; only it makes claims."),
+        ({"search": False, "confirm": False}, "The search has ended 0 of 6 configs"),
+        ({"first": 3}, "The confirmation has no number yet for"),
+        ({"first": 0}, "The confirmation has no number yet for"),
+    ],
+)
+def test_a_partial_study_makes_no_claims(
+    tmp_path: Path, changes: dict[str, object], gap: str
+) -> None:
+    fake = write_fake(tmp_path, **TWO, **changes)  # type: ignore[arg-type]
+    paths = write_report(fake.folder)
+    verdict = json.loads(paths.verdict.read_text())
+    assert verdict["complete"] is False
+    assert any(gap in sentence for sentence in verdict["missing"])
+    assert all(not s["contrasts"] and s["decision"] is None for s in verdict["scenarios"].values())
+    for page in (paths.markdown.read_text(), paths.html.read_text(), summary_text(fake.folder)):
+        assert gap in page
+        assert "Primary contrasts" not in page
+        assert not re.search(r"better|worse|equivalent|inconclusive", _words(page))
+
+
+def _words(page: str) -> str:
+    """Return what a reader sees: the style sheet names all verdicts, the text must not."""
+    text = re.sub(r"<style>.*?</style>", "", page, flags=re.S)
+    return text.replace("a better arm may still be useless here", "")
+
+
+def test_arms_that_cannot_exist_are_listed_with_the_reason(tmp_path: Path) -> None:
+    everywhere = {"faults": [{"kind": "dead_zone", "layers": "all", "threshold": 0.1}]}
+    results = load_results(write_fake(tmp_path, scenario=everywhere, **TWO).folder)
+    rows = rows_of(render_markdown(context(results)), "Arms that are not available")
+    assert {row[1] for row in rows} == {"healthy"}
+    assert all(row[2] for row in rows)
+    assert results.makes_claims
+
+
+def test_a_study_without_search_or_sweep_or_decisions_has_its_report(tmp_path: Path) -> None:
+    results = load_results(write_fake(tmp_path, search=None, sweep={}, decisions=None).folder)
+    assert results.makes_claims
+    markdown = render_markdown(context(results))
+    assert [row[0] for row in rows_of(markdown, "Primary contrasts")] == ["both"] * 3
+    assert "## Search" not in markdown
+    assert "<svg" in render_html(context(results))
+
+
+class _Balance(HTMLParser):
+    VOID = frozenset({"meta", "br", "hr", "line", "rect", "circle", "polyline", "polygon"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_well_formed_and_stands_alone(html: str) -> None:
+    parser = _Balance()
+    parser.feed(html)
+    assert parser.open == []
+    assert not re.search(r"<script|https?://|\bsrc=|@import|url\(", html)
+    charts = re.findall(r"<svg.*?</svg>", html, flags=re.S)
+    assert len(charts) == 6
+    for chart in charts:
+        ElementTree.fromstring(chart)
+
+
+@pytest.mark.parametrize("word", ["nan", "None", "inf", "Undefined"])
+def test_no_placeholder_of_the_language_reaches_a_reader(
+    html: str, markdown: str, broken: Results, word: str
+) -> None:
+    for page in (html, markdown, render_html(context(broken))):
+        assert not re.search(rf"[>|\s(\[]{word}[<|\s)\],]", page)
+
+
+def test_what_a_user_wrote_is_printed_and_not_run(tmp_path: Path) -> None:
+    text = "<script>alert(1)</script> & *bold*"
+    results = load_results(write_fake(tmp_path, description=text, **TWO).folder)
+    assert "<script>" not in render_html(context(results))
+    assert "&lt;script&gt;" in render_html(context(results))
+    assert r"\<script>alert(1)\</script> & \*bold\*" in render_markdown(context(results))
+
+
+def test_the_curve_shows_every_arm_with_its_seeds(html: str, results: Results) -> None:
+    chart = ElementTree.fromstring(re.findall(r"<svg.*?</svg>", html, flags=re.S)[0])
+    assert chart.attrib["aria-label"].startswith("faulty loss")
+    dots = [node for node in chart.iter("circle") if node.attrib["class"].startswith("seed")]
+    arms = 7
+    assert len(dots) == arms * len(DAMAGE) * results.study.confirm.replicates
+    lines = [node for node in chart.iter("polyline")]
+    assert len(lines) == arms
+
+
+def test_the_same_ledger_gives_the_same_verdict_file(tmp_path: Path) -> None:
+    first = write_fake(tmp_path / "a", **TWO)
+    one = json.loads(write_report(first.folder).verdict.read_text())
+    again = write_report(first.folder, tensorboard=False).verdict.read_text()
+    assert json.loads(again) == one
+    assert again == json.dumps(one, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    other = json.loads(write_report(write_fake(tmp_path / "b", **TWO).folder).verdict.read_text())
+    del one["times"], other["times"]
+    assert other == one
+    assert len(one["seeds"]) == 8
+    assert one["margin_share"] == 0.05
+
+
+def test_the_parquet_file_holds_every_cell_twice(whole: Fake, results: Results) -> None:
+    import pyarrow.parquet as pq
+
+    write_report(whole.folder, tensorboard=False)
+    table = pq.read_table(whole.folder.runs)
+    assert table.num_rows == 2 * len(results.cells)
+    lines = table.to_pylist()
+    stopped = [line for line in lines if line["arm"] == "c002"]
+    assert stopped
+    assert all(line["loss"] is None for line in stopped)
+    done = [line for line in lines if line["stage"] == "confirm"]
+    assert all(line["loss"] is not None and line["status"] == "finished" for line in done)
+    assert {line["sweep_threshold"] for line in lines} == set(DAMAGE)
+    assert [path.name for path in whole.folder.root.glob("*.tmp")] == []
+
+
+def test_a_folder_without_a_study_is_the_users_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no study\.yaml here"):
+        write_report(StudyFolder(tmp_path))
+    (tmp_path / "study.yaml").write_text("study: x\nscenarios: []\n")
+    with pytest.raises(UserError, match="not a study of this version"):
+        summary_text(StudyFolder(tmp_path))
+
+
+def test_the_summary_colours_only_when_asked(results: Results) -> None:
+    plain = summary_of(results)
+    assert "> targeted vs global better" in plain
+    assert "[green]" not in plain
+    painted = summary_of(results, markup=True)
+    assert "[green]>[/green] targeted vs global better" in painted
+
+    from rich.text import Text
+
+    assert Text.from_markup(painted).plain == plain
+
+
+@pytest.mark.parametrize(
+    ("module", "forbidden"),
+    [
+        (
+            "aqn_tune.report.write",
+            ("torch", "ray", "scipy", "pandas", "numpy", "pyarrow", "jinja2"),
+        ),
+        ("aqn_tune.report.summary", ("torch", "ray", "scipy", "pandas", "numpy", "tensorboard")),
+        ("aqn_tune.report.tensorboard", ("torch", "ray", "scipy", "pandas", "tensorboard")),
+        ("aqn_tune.report.manifest", ("torch", "ray", "scipy", "pandas", "numpy")),
+    ],
+)
+def test_importing_a_report_loads_nothing_heavy(module: str, forbidden: tuple[str, ...]) -> None:
+    code = f"import sys, {module}; print([m for m in {forbidden!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_writing_a_report_needs_neither_torch_nor_ray(whole: Fake) -> None:
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from aqn_tune.report.write import write_report\n"
+        "from aqn_tune.study.folder import StudyFolder\n"
+        f"write_report(StudyFolder(Path({str(whole.folder.root)!r})))\n"
+        "print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,244 @@
+"""Reading study files: places, overrides, sweeps, and what load_study makes of good ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aqn_tune.errors import UserError
+from aqn_tune.models.spec import ModelSpec
+from aqn_tune.study.folder import study_hash
+from aqn_tune.study.loading import layer_count, load_study, make_setting
+from aqn_tune.study.schema import Study
+from aqn_tune.study.source import apply_override, parse_source
+from aqn_tune.study.sweep import resolve_scenarios
+
+STUDY = """\
+study: demo
+scenario:
+  faults:
+    - kind: dead_zone
+      layers: [10]
+      threshold: 0.2
+sweep:
+  during: [both, eval]
+  faults.0.threshold: [0.01, 1e-1]
+search:
+  space: space.yaml
+  configs: 4
+confirm: {replicates: 6}
+"""
+SPACE = """\
+dimensions:
+  sigma_start: {kind: float, low: 5e-3, high: 0.2, log: true}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "space.yaml").write_text(SPACE)
+    path = tmp_path / "demo.yaml"
+    path.write_text(STUDY)
+    return path
+
+
+def test_a_study_is_read_whole_with_its_space_and_its_sweep(file: Path) -> None:
+    study = load_study(file)
+    assert study.search is not None
+    low = study.search.space.dimensions["sigma_start"].model_dump()["low"]
+    assert low == 0.005
+    assert [(s.name, s.values, s.spec.during) for s in resolve_scenarios(study)] == [
+        ("both-threshold0.01", {"during": "both", "threshold": 0.01}, "both"),
+        ("both-threshold0.1", {"during": "both", "threshold": 0.1}, "both"),
+        ("eval-threshold0.01", {"during": "eval", "threshold": 0.01}, "eval"),
+        ("eval-threshold0.1", {"during": "eval", "threshold": 0.1}, "eval"),
+    ]
+
+
+def test_overrides_apply_in_order_and_reach_into_the_space(file: Path) -> None:
+    study = load_study(
+        file,
+        [
+            "training.steps=50",
+            "training.steps=60",
+            "sweep.faults.0.threshold=[0.3]",
+            "scenario.faults.0.layers=['14-17']",
+            "search.space.dimensions.sigma_start.low=0.01",
+        ],
+    )
+    assert study.training.steps == 60 and study.search is not None
+    assert study.scenario.faults[0].layers == ("14-17",)
+    assert len(resolve_scenarios(study)) == 2
+    assert study.search.space.dimensions["sigma_start"].model_dump()["low"] == 0.01
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 0.001),  # text in YAML 1.1, so that a choice would hold words in place of numbers
+        ("5e-4", 0.0005),
+        ("010", 10),  # 8 in YAML 1.1
+        ("no", "no"),  # false in YAML 1.1
+        ("14-17", "14-17"),
+        ("2026-01-01", "2026-01-01"),
+        (".inf", float("inf")),
+        ("~", None),
+        ("", None),
+        ("true", True),
+        ("'0.1'", "0.1"),
+    ],
+)
+def test_scalars(text: str, value: object) -> None:
+    found = parse_source(f"a: {text}", "f").data["a"]
+    assert found == value and type(found) is type(value)
+
+
+def test_every_key_knows_its_line() -> None:
+    source = parse_source(STUDY, "f.yaml")
+    key = ("scenario", "faults", 0, "threshold")
+    assert str(source.place(key)) == "f.yaml:6"
+    assert str(source.place(("sweep", "faults.0.threshold"))) == "f.yaml:9"
+    assert str(source.place((*key, "deeper", "still"))) == "f.yaml:6"
+    changed = apply_override(source, "scenario.faults.0.threshold=1")
+    assert str(changed.place(key)) == "--set scenario.faults.0.threshold=1"
+
+
+def test_a_merge_keeps_what_is_written_beside_it() -> None:
+    source = parse_source("base: &b {x: 1, y: 2}\nmine:\n  <<: *b\n  y: 3\n", "f")
+    assert source.data["mine"] == {"x": 1, "y": 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: 2\na: 3\n", "f:3: a: the key is there twice, first in line 1"),
+        ("x: {b: 1, b: 2}", "f:1: x.b: the key is there twice"),
+        ("a: &x [*x]", "alias that contains itself"),
+        ("a: [1, 2", "f:1: not valid YAML"),
+        ("a: 1\n  b: 2", "f:2: not valid YAML"),
+        ("- 1", "got a sequence; a mapping"),
+        ("", "got an empty file"),
+        ("a: !!python/name:os.system ''", "tag .* is not allowed"),
+    ],
+)
+def test_documents_that_cannot_be_read(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_source(text, "f")
+
+
+def scenarios_of(**changes: Any) -> tuple[str, ...]:
+    dead_zone = {"kind": "dead_zone", "layers": [1], "threshold": 0.2}
+    study = Study.model_validate({"study": "s", "scenario": {"faults": [dead_zone]}, **changes})
+    return tuple(scenario.name for scenario in resolve_scenarios(study))
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({}, ("both",)),
+        ({"sweep": {"faults.0.threshold": [0.1, 0.2]}}, ("both-threshold0.1", "both-threshold0.2")),
+        ({"sweep": {"during": ["train"]}}, ("train",)),
+        (
+            {"sweep": {"faults.0.threshold": [1], "during": ["both", "eval"]}},
+            ("both-threshold1", "eval-threshold1"),
+        ),
+        (
+            {"sweep": {"faults.0.layers": [[3], ["14-17", 20], "all"]}},
+            ("both-layers3", "both-layers14-17+20", "both-layersall"),
+        ),
+    ],
+)
+def test_names_of_scenarios(changes: dict[str, Any], names: tuple[str, ...]) -> None:
+    assert scenarios_of(**changes) == names
+
+
+def test_equal_last_keys_are_written_out() -> None:
+    dead_zone = {"kind": "dead_zone", "layers": [1], "threshold": 0.2}
+    names = scenarios_of(
+        scenario={"faults": [dead_zone, {**dead_zone, "layers": [2]}]},
+        sweep={"faults.0.threshold": [0.1], "faults.1.threshold": [0.1]},
+    )
+    assert names == ("both-faults.0.threshold0.1-faults.1.threshold0.1",)
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        ({"faults.0.treshold": [1]}, "did you mean 'faults.0.threshold'"),
+        ({"faults.1.threshold": [1]}, "the scenario has no key 'faults.1.threshold'"),
+        ({"faults.0.kind": ["relative_gaussian"]}, r"sweep.faults.0"),
+        ({"faults.0.threshold": []}, "empty list"),
+        ({"faults.0.threshold": [0.2, 0.20]}, "2 combinations give the same scenario"),
+        ({"faults.0.threshold": [-0.1]}, r"sweep\.faults\.0\.threshold: got -0.1; allowed"),
+        ({"during": ["never"]}, r"sweep\.during: got 'never'; allowed: 'both', 'train' or 'eval'"),
+    ],
+)
+def test_sweeps_that_cannot_be(sweep: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        scenarios_of(sweep=sweep)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"num_hidden_layers": 24}, 24),
+        ({"n_layer": 12}, 12),
+        ({"text_config": {"num_hidden_layers": 30}}, 30),
+    ],
+)
+def test_layers_are_counted_from_the_config(
+    tmp_path: Path, config: dict[str, Any], expected: int
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert layer_count(ModelSpec(path=str(tmp_path))) == expected
+
+
+def test_the_embedded_model_has_28_layers() -> None:
+    assert layer_count(ModelSpec()) == 28
+
+
+def test_a_model_that_is_not_there_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="neither 'embedded', nor a folder.*hf download"):
+        layer_count(ModelSpec(path="some-one/some-model"))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="no num_hidden_layers"):
+        layer_count(ModelSpec(path=str(tmp_path)))
+
+
+def test_what_changes_no_number_changes_no_folder(file: Path) -> None:
+    first = load_study(file)
+    for same in ("compute.workers=1", "description=x", "confirm.replicates=7", "output=x"):
+        assert study_hash(load_study(file, [same])) == study_hash(first)
+    for other in ("seed=1", "training.steps=99", "confirm.alpha=0.1", "eval_batch_size=32"):
+        assert study_hash(load_study(file, [other])) != study_hash(first)
+
+
+def test_the_resolved_study_reads_back_as_the_same_study(file: Path) -> None:
+    import yaml
+
+    study = load_study(file)
+    text = yaml.safe_dump(study.model_dump(mode="json"))
+    assert Study.model_validate(yaml.safe_load(text)) == study
+
+
+def test_the_setting_names_the_model_by_its_content(file: Path) -> None:
+    setting = make_setting(load_study(file))
+    assert len(setting.model_fingerprint) == 64 and setting.eval_batch_size == 64
+
+
+@pytest.mark.parametrize("name", ["quick", "aqn_basic", "aqn_full"])
+def test_shipped_spaces_fit_the_embedded_model(file: Path, name: str) -> None:
+    space = Path(__file__).parents[1] / "search_spaces" / f"{name}.yaml"
+    study = load_study(file, [f"search.space={space}"])
+    assert study.search is not None
+    first = space.read_text().splitlines()[0]
+    assert first.startswith("# "), "a space begins with what it is for"
+    assert "To launch:" in space.read_text()
+    searched = {"learning_rate", "rank"} & set(study.search.space.dimensions)
+    assert bool(searched) is (name == "aqn_full"), "off in the shipped sweeps"

@@ -1,0 +1,225 @@
+"""What a plan says, against counts done by hand and against scipy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic import make_setting, make_study
+
+from aqn_tune.errors import UserError
+from aqn_tune.evidence.declared import declare
+from aqn_tune.evidence.power import mde_sd_units
+from aqn_tune.ledger import Ledger
+from aqn_tune.ledger.rows import CellRow, EvaluationRow, TrainingRow
+from aqn_tune.study import calibration as calibrating
+from aqn_tune.study.calibration import (
+    Sample,
+    calibration_file,
+    find_costs,
+    read_calibration,
+    split_cost,
+    update_calibration,
+    workload_of,
+)
+from aqn_tune.study.detectable import detectable_effect, t_quantile
+from aqn_tune.study.folder import study_folder
+from aqn_tune.study.plan import make_plan, ranges
+from aqn_tune.study.sweep import resolve_scenarios
+
+
+@pytest.mark.parametrize("n", [6, 8, 12, 40, 200])
+@pytest.mark.parametrize("level", [0.05, 0.05 / 16, 0.05 / 60])
+@pytest.mark.parametrize("power", [0.5, 0.8, 0.95])
+def test_detectable_effect_is_that_of_the_evidence(n: int, level: float, power: float) -> None:
+    assert detectable_effect(n, level, power) == pytest.approx(
+        mde_sd_units(n, level, power), rel=1e-6
+    )
+
+
+def test_t_quantile_known_values() -> None:
+    assert t_quantile(0.975, 7) == pytest.approx(2.364624, abs=1e-6)
+    assert t_quantile(0.995, 5) == pytest.approx(4.032143, abs=1e-6)
+
+
+def test_a_normal_approximation_would_not_do() -> None:
+    normal = (1.959964 + 0.841621) / 6**0.5
+    assert detectable_effect(6, 0.05, 0.8) > 1.2 * normal
+
+
+def plan_of(tmp_path: Path, **changes: Any) -> Any:
+    return make_plan(make_study(tmp_path, **changes))
+
+
+def test_the_work_of_a_small_study_by_hand(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    assert plan.rungs == (5, 10, 20) and plan.search is not None
+    # search: 6 controls x 2 seeds, each evaluated clean and faulty at 3 rungs; the base once each
+    assert (plan.search.cells, plan.search.unique) == (12, 12)
+    # 8 configs x 2 seeds: 16 to step 5, 8 to step 10, 4 to step 20
+    assert plan.search.expected.trainings == 12 + 16
+    assert plan.search.expected.steps == 12 * 20 + 16 * 5 + 8 * 5 + 4 * 10
+    assert plan.search.expected.evaluations == 12 * 3 * 2 + 2 + (16 + 8 + 4) * 2
+    assert plan.search.most.steps == (12 + 16) * 20
+    assert plan.search.expected.rows == plan.search.expected.evaluations * 256
+    # confirm: 6 controls, the finalist and its global twin (its none twin is fault_only), 6 seeds
+    assert plan.confirm.unique == 36
+    assert plan.confirm.most.trainings == 36 + 12
+    assert plan.confirm.most.steps == 48 * 20
+    assert plan.confirm.most.evaluations == 48 * 2 + 2
+    assert plan.confirm.split_rows == 600
+
+
+def test_a_searched_learning_rate_makes_the_none_twin_a_training_of_its_own(tmp_path: Path) -> None:
+    dimensions = {"learning_rate": {"kind": "float", "low": 1e-4, "high": 1e-3}}
+    plan = plan_of(tmp_path, search={"space": {"dimensions": dimensions}})
+    assert plan.confirm.most.trainings == 36 + 18
+
+
+def test_clean_is_trained_once_for_all_thresholds(tmp_path: Path) -> None:
+    sweep = {"faults.0.threshold": [0.1, 0.2, 0.5]}
+    plan = plan_of(tmp_path, sweep=sweep, search=None)
+    assert plan.search is None and plan.configs == 0
+    assert (plan.confirm.cells, plan.confirm.unique) == (6 * 3 * 6, (1 + 5 * 3) * 6)
+    # the clean arm is evaluated once clean and once under each threshold
+    assert plan.confirm.most.evaluations == (4 + 15 * 2) * 6 + 4
+
+
+def test_search_without_configs_is_no_search(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, search={"configs": 0})
+    assert plan.search is None and plan.confirm.most.trainings == 36
+
+
+def test_missing_arms_are_listed_and_leave_the_family(tmp_path: Path) -> None:
+    fault = {"kind": "dead_zone", "layers": "all", "threshold": 0.1}
+    contrasts = [["global", "fault_only"], ["healthy", "global"]]
+    plan = plan_of(
+        tmp_path,
+        search=None,
+        scenario={"faults": [fault]},
+        confirm={"contrasts": contrasts},
+    )
+    (scenario,) = plan.scenarios
+    reasons = {arm.arm: arm.reason for arm in scenario.arms if arm.reason}
+    assert list(reasons) == ["healthy"] and "every layer is faulty" in reasons["healthy"]
+    assert plan.detectable.family == 1
+
+
+def test_the_family_is_the_one_that_is_declared(tmp_path: Path) -> None:
+    study = make_study(tmp_path, sweep={"faults.0.threshold": [0.1, 0.2]})
+    declared = declare(study, resolve_scenarios(study), (), margin=None)
+    found = make_plan(study).detectable
+    assert found.family == len(declared.family) == 8
+    assert found.level == pytest.approx(0.05 / 8) and found.floor == 2**-5
+    assert found.effect_sd == pytest.approx(mde_sd_units(6, 0.05 / 8, 0.8), rel=1e-6)
+
+
+def test_arms_and_schedule_are_spelled_out(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, training={"steps": 30, "warmup_steps": 2})
+    arms = {arm.arm: (arm.layers, arm.dose) for arm in plan.scenarios[0].arms}
+    assert arms["clean"] == ("", 0.0)
+    assert arms["global"] == ("0-27", 28.0)
+    assert arms["targeted"] == ("10", 1.0)
+    assert arms["healthy"] == ("0-9,11-27", 27.0)
+    stages = [(s.first_step, s.last_step, round(s.sigma, 4)) for s in plan.schedule]
+    assert stages[:3] == [(0, 2, 0.0), (3, 5, 0.05), (6, 8, 0.0281)]
+    assert stages[-1] == (27, 29, 0.0005)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [((), ""), ((3,), "3"), ((0, 1, 2), "0-2"), ((0, 2, 3, 7), "0,2-3,7")],
+)
+def test_ranges(numbers: tuple[int, ...], text: str) -> None:
+    assert ranges(numbers) == text
+
+
+def test_seeds_of_the_stages_are_disjoint(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    assert plan.search is not None and not set(plan.search.seeds) & set(plan.confirm.seeds)
+
+
+def test_planning_writes_nothing(tmp_path: Path) -> None:
+    plan_of(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("samples", "per_step", "per_row"),
+    [
+        # two mixes of steps and rows: both costs are identified
+        ([Sample(100, 600, 22.0), Sample(100, 2000, 50.0)], 0.1, 0.02),
+        ([Sample(10, 0, 1.0), Sample(0, 50, 1.0)], 0.1, 0.02),
+        # one mix: a row costs a third of a training row; 100 steps + 1600 rows / (16 * 3)
+        ([Sample(100, 1600, 40.0)] * 3, 0.3, 0.3 / 48),
+        # a fit that would be negative falls back on the same rule
+        ([Sample(100, 0, 10.0), Sample(100, 4800, 9.0)], 19 / 300, 19 / 300 / 48),
+    ],
+)
+def test_costs_are_split(samples: list[Sample], per_step: float, per_row: float) -> None:
+    assert split_cost(samples, 16) == pytest.approx((per_step, per_row))
+
+
+def test_a_finished_study_calibrates_the_next_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrating, "REFERENCE", tmp_path / "no-reference.json")
+    study = make_study(tmp_path)
+    setting = make_setting(study)
+    monkeypatch.setattr("aqn_tune.study.plan.make_setting", make_setting)
+    assert make_plan(study).estimate.source == "not measured"
+    folder = study_folder(study)
+    rows: list[Any] = []
+    for replicate, status in ((0, "finished"), (1, "finished"), (2, "failed")):
+        key = f"k{replicate}"
+        rows.append(
+            CellRow(
+                stage="search", scenario="both", arm="clean", replicate=replicate, seed=replicate,
+                training_key=key,
+            )
+        )  # fmt: skip
+        rows.append(
+            EvaluationRow(
+                training_key=key, step=20, final=True, condition="clean", split="validation",
+                rows=480, loss=1.0, exact_match=0.5,
+            )
+        )  # fmt: skip
+        rows.append(
+            TrainingRow(
+                training_key=key, stage="search", seed=replicate, steps=20, step_reached=20,
+                status=status, seconds=60.0 if status == "failed" else 30.0, pack="p", pack_size=4,
+            )
+        )  # fmt: skip
+    Ledger(folder.ledger).append(rows)
+    update_calibration(study, setting, folder)
+    # 20 steps + 480 rows / 48 = 30 step-equivalents in 30 s; the failed training is no measurement
+    costs = find_costs(study.output, workload_of(setting, study.training), 8)
+    assert costs is not None
+    assert costs.seconds_per_step == pytest.approx(1.0)
+    assert costs.seconds_per_row == pytest.approx(1 / 48)
+    assert "measured here" in costs.source and "at 4 replicates per trial in place of 8" in (
+        costs.source
+    )
+    plan = make_plan(study)
+    assert plan.search is not None and plan.estimate.seconds is not None
+    work = (plan.search.expected, plan.confirm.expected)
+    busy = sum(w.steps + w.rows / 48 for w in work)
+    assert plan.estimate.seconds == pytest.approx(busy + 20)
+    assert plan.estimate.most_seconds is not None
+    assert plan.estimate.most_seconds > plan.estimate.seconds
+    known = read_calibration(calibration_file(study.output))
+    assert known is not None and known.rates[0].trainings == 2
+
+
+def test_another_workload_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    workload = workload_of(make_setting(study), study.training)
+    assert find_costs(study.output, workload, 8) is None, "no model called 'synthetic' is shipped"
+
+
+def test_a_broken_calibration_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "calibration.json"
+    file.write_text('{"machine": 3}')
+    with pytest.raises(UserError, match=r"calibration\.json: not a calibration"):
+        read_calibration(file)
