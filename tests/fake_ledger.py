@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from aqn_tune.confirm.lock import ConfirmLock, LockFile, MissingArm
 from aqn_tune.ledger import Ledger
 from aqn_tune.ledger.rows import (
     Audit,
@@ -21,8 +22,8 @@ from aqn_tune.ledger.rows import (
     TrainingRow,
 )
 from aqn_tune.models.spec import ModelSpec
-from aqn_tune.study.cells import Cell, Finalist, config_cells, stage_cells, unique_runs
-from aqn_tune.study.folder import StudyFolder, study_folder
+from aqn_tune.study.cells import ArmCells, Cell, Finalist, config_cells, stage_cells, unique_runs
+from aqn_tune.study.folder import StudyFolder, study_folder, study_hash
 from aqn_tune.study.runs import Run, Setting
 from aqn_tune.study.scenario import Scenario
 from aqn_tune.study.schema import Study
@@ -85,6 +86,8 @@ def make_study(output: Path, **changes: Any) -> Study:
         },
         "output": str(output),
     }  # fmt: skip
+    if "confirm_spec" in changes:
+        changes["confirm"] = changes.pop("confirm_spec")
     content.update(changes)
     return Study.model_validate(content)
 
@@ -104,13 +107,18 @@ CONFIGS: tuple[Params, ...] = (
 CONFIG_BENEFIT = {"c000": 0.6, "c001": 0.1, "c002": -0.5}
 
 
+def threshold_of(scenario: Scenario) -> float:
+    """Return the threshold of the scenario's only fault."""
+    return float(scenario.spec.faults[0].model_dump()["threshold"])
+
+
 def planted_loss(run: Run, arm: str, scenario: Scenario | None, *, jitter: float = 0.01) -> float:
     """Return the loss of an arm under a scenario's faults, None for no fault."""
     shared = random.Random(run.seed).gauss(0, 0.03)
     own = random.Random(f"{run.seed} {arm} {scenario and scenario.name}").gauss(0, jitter)
     if scenario is None:
         return CLEAN_LOSS + shared + own
-    threshold = float(scenario.values["threshold"])
+    threshold = threshold_of(scenario)
     damage = DAMAGE[threshold] * (1.0 if scenario.spec.during == "both" else 1.3)
     if arm == "clean":
         damage = DAMAGE[threshold] * 1.3
@@ -136,7 +144,7 @@ def _evaluations(
             loss += 0.4 * (1 - step / STEPS)
             faults: tuple[FaultMeasure, ...] = ()
             if scenario is not None:
-                share = AFFECTED[float(scenario.values["threshold"])]
+                share = AFFECTED[threshold_of(scenario)]
                 faults = (
                     FaultMeasure(
                         kind="dead_zone", calls=8, sites=1, affected_fraction=share,
@@ -177,7 +185,7 @@ def _trainings(
 def _base(cells: Sequence[Cell], scenarios: Sequence[Scenario]) -> Iterator[EvaluationRow]:
     split = "validation" if cells[0].stage == "search" else "test"
     for name, scenario in [("clean", None), *(("faulty", s) for s in scenarios)]:
-        threshold = 0.0 if scenario is None else float(scenario.values["threshold"])
+        threshold = 0.0 if scenario is None else threshold_of(scenario)
         yield EvaluationRow(
             training_key=cells[0].training_key, step=0, final=False, condition=name,
             scenario="" if scenario is None else scenario.name, split=split, rows=64,
@@ -244,13 +252,7 @@ def confirm_rows(
     `fail` names (scenario, arm, replicate) whose training fails; `first` trains only that many
     replicates, as an interrupted study has.
     """
-    setting = make_setting(study)
-    finalists = tuple(Finalist(s.name, 1, "c000", CONFIGS[0]) for s in scenarios)
-    if study.search is None:
-        finalists = ()
-    cells = stage_cells(
-        study, setting, scenarios, stage="confirm", layer_count=LAYERS, finalists=finalists
-    ).cells
+    cells = _confirm_cells(study, scenarios).cells
     failed = {c.training_key for c in cells if (c.scenario, c.arm, c.replicate) in fail}
     yield from _cells(cells, study.confirm.generation)
     yield from _base(cells, scenarios)
@@ -260,6 +262,54 @@ def confirm_rows(
         yield from _evaluations(good, scenarios, step=STEPS, jitter=jitter)
     if done:
         yield from _trainings(done, after=0, step=STEPS, failed=failed)
+
+
+def _confirm_cells(study: Study, scenarios: Sequence[Scenario]) -> ArmCells:
+    finalists = tuple(Finalist(s.name, 1, "c000", CONFIGS[0]) for s in scenarios)
+    return stage_cells(
+        study,
+        make_setting(study),
+        scenarios,
+        stage="confirm",
+        layer_count=LAYERS,
+        finalists=finalists if study.search else (),
+    )
+
+
+def _keys(cells: ArmCells) -> dict[tuple[str, str], list[str]]:
+    keys: dict[tuple[str, str], list[str]] = {}
+    for cell in cells.cells:
+        keys.setdefault((cell.scenario, cell.arm), []).append(cell.training_key)
+    return keys
+
+
+def make_lock_file(study: Study, scenarios: Sequence[Scenario], **changes: Any) -> str:
+    """Return the text of the lock that the confirmation of `study` is held to."""
+    cells = _confirm_cells(study, scenarios)
+    lock = {
+        "generation": study.confirm.generation,
+        "study": study_hash(study),
+        "replicates": study.confirm.replicates,
+        "seeds": tuple({cell.replicate: cell.run.seed for cell in cells.cells}.values()),
+        "finalists": (),
+        "arms": [
+            {"scenario": scenario, "arm": arm, "training_keys": keys}
+            for (scenario, arm), keys in _keys(cells).items()
+        ],
+        "missing": [MissingArm.model_validate(one._asdict()) for one in cells.missing],
+        "contrasts": study.primary_contrasts(),
+        "alpha": study.confirm.alpha,
+        "power": study.confirm.power,
+        "margin_fraction": study.confirm.margin,
+        "gain": None,
+        "margin": None,
+        "version": "0",
+        "code": "0" * 16,
+        "created": "2026-01-01T00:00:00+00:00",
+    }
+    return LockFile(
+        generations=(ConfirmLock.model_validate({**lock, **changes}),)
+    ).model_dump_json()
 
 
 def write_fake(
@@ -282,7 +332,7 @@ def write_fake(
     if search and study.search is not None:
         rows += search_rows(study, scenarios)
     if confirm:
-        folder.lock.write_text('{"format": 1}', encoding="utf-8")
+        folder.lock.write_text(make_lock_file(study, scenarios), encoding="utf-8")
         rows += confirm_rows(study, scenarios, jitter=jitter, fail=fail, first=first)
     Ledger(folder.ledger).append(rows)
     return Fake(folder, study, tuple(rows))

@@ -13,19 +13,27 @@ import os
 import random
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 
+from aqn_tune.confirm.runner import run_confirm
+from aqn_tune.ledger import Ledger
 from aqn_tune.ledger.rows import Audit, EvaluationRow, FaultMeasure, TrainingRow
+from aqn_tune.search.cluster import ray_session
+from aqn_tune.search.ranking import finalists
+from aqn_tune.search.runner import run_search
+from aqn_tune.search.work import Work
 from aqn_tune.study.cells import Finalist
 from aqn_tune.study.engine import BaseArrays, Engine, RungReport
 from aqn_tune.study.folder import StudyFolder
 from aqn_tune.study.layers import resolve_layers
 from aqn_tune.study.runs import Condition, Pack, Run, Setting
 from aqn_tune.study.scenario import Scenario, ScenarioSpec
-from aqn_tune.study.schema import Study
+from aqn_tune.study.schema import ComputeSpec, Study
 from aqn_tune.study.seeds import stream_seed
 
 LAYERS = 28
@@ -45,9 +53,13 @@ class Behaviour(NamedTuple):
     nan_above: float = math.inf
     """Runs whose first sigma lies above it diverge in their first steps."""
     die_at: int = -1
-    """The worker is killed at this step, as long as `flag` does not exist."""
-    raise_in: str = ""
+    """The worker is killed at this step; once, when `flag` names a file that is made then."""
+    die_in: str = ""
+    """Only packs whose name starts with it kill their worker."""
+    raise_in: str = "-"
     """Packs whose name starts with it raise."""
+    vandal: bool = False
+    """Write into the base arrays."""
     flag: str = ""
     log: str = ""
     """File that gets a line `pack step pid` per rung trained."""
@@ -85,13 +97,13 @@ class Synthetic:
         step = self.pack.rungs[self.index]
         first = self.pack.rungs[self.index - 1] if self.index else 0
         behave = self.behaviour
-        if behave.raise_in and self.pack.name.startswith(behave.raise_in):
+        if self.pack.name.startswith(behave.raise_in):
             raise RuntimeError("no such kernel")
+        if behave.vandal:
+            self.base["weight"][0] = 1.0
         if behave.sleep:
             time.sleep(behave.sleep)
-        if behave.die_at == step and not Path(behave.flag).exists():
-            Path(behave.flag).touch()
-            os.kill(os.getpid(), 9)
+        self._maybe_die(step)
         if behave.log:
             with open(behave.log, "a", encoding="utf-8") as file:
                 file.write(f"{self.pack.name} {step} {os.getpid()}\n")
@@ -126,6 +138,16 @@ class Synthetic:
             )
         self.index += 1
         return RungReport(step, tuple(evaluations), tuple(trainings))
+
+    def _maybe_die(self, step: int) -> None:
+        behave = self.behaviour
+        if behave.die_at != step or not self.pack.name.startswith(behave.die_in):
+            return
+        if behave.flag:
+            if Path(behave.flag).exists():
+                return
+            Path(behave.flag).touch()
+        os.kill(os.getpid(), 9)
 
     def _export(self, key: str) -> str:
         folder = self.pack.export.get(key, "")
@@ -248,6 +270,44 @@ def make_setting(study: Study) -> Setting:
     return Setting(model=study.model, task=study.task, model_fingerprint="synthetic")
 
 
+@pytest.fixture(scope="session")
+def ray_two() -> Iterator[None]:
+    """Have Ray running with two CPUs for all tests that need it."""
+    with ray_session(ComputeSpec(workers=2)):
+        yield
+
+
+def inline(work: Work, *, setting: Setting, engine: Engine, folder: StudyFolder, **rest: Any) -> None:
+    """Stand in for `aqn_tune.search.execute.execute`: one worker, in this process, without Ray."""
+    base = engine.load_base(setting)
+    while (pack := work.next_pack()) is not None:
+        training = engine.open_pack(pack, setting, base)
+        while work.arrived(pack, training.advance()):
+            pass
+        training.close()
+
+
+def search_inline(
+    study: Study,
+    folder: StudyFolder,
+    *,
+    thresholds: tuple[float, ...] = (0.1, 0.3),
+    behaviour: Behaviour = Behaviour(),  # noqa: B008
+) -> Ledger:
+    """Run the search of a study without Ray and return its ledger."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("aqn_tune.search.runner.execute", inline)
+        run_search(
+            study,
+            make_setting(study),
+            make_scenarios(study, thresholds),
+            folder,
+            layer_count=LAYERS,
+            engine=engine(behaviour),
+        )
+    return Ledger(folder.ledger)
+
+
 def run_synthetic(
     study: Study,
     folder: StudyFolder,
@@ -256,12 +316,6 @@ def run_synthetic(
     behaviour: Behaviour = Behaviour(),  # noqa: B008
 ) -> None:
     """Run search and confirmation of a study on the synthetic objective, into `folder`."""
-    from aqn_tune.confirm.runner import run_confirm
-    from aqn_tune.ledger import Ledger
-    from aqn_tune.search.cluster import ray_session
-    from aqn_tune.search.ranking import finalists
-    from aqn_tune.search.runner import run_search
-
     scenarios, setting = make_scenarios(study, thresholds), make_setting(study)
     made = engine(behaviour)
     with ray_session(study.compute):

@@ -138,7 +138,11 @@ CASES: dict[str, tuple[tuple[str, str], str, tuple[str, ...]]] = {
         "task={kind: jsonl, train: a.jsonl, test: b.jsonl}",
         ("task.train", "no file a.jsonl"),
     ),
-    "missing model": (("", ""), "model.path=./nowhere", ("model.path", "./nowhere", "nor a folder")),
+    "missing model": (
+        ("", ""),
+        "model.path=./nowhere",
+        ("model.path", "./nowhere", "nor a folder"),
+    ),
     "multipliers of the wrong length": (
         ("", ""),
         "arms={mine: {noise: {targeting: {kind: multipliers, values: [1, 2]}}}}",
@@ -205,7 +209,8 @@ def test_bad_input(
     captured = capsys.readouterr()
     for fragment in fragments:
         assert fragment in captured.err
-    assert "Traceback" not in captured.err and captured.out == ""
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
     assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
 
 

@@ -58,5 +58,6 @@ def test_the_head_trains_nothing_and_every_node_has_the_token(config: dict[str, 
     head = " ".join(config["head_start_ray_commands"])
     worker = " ".join(config["worker_start_ray_commands"])
     assert "--num-cpus=0" in head
-    assert "RAY_AUTH_MODE=token" in head and "RAY_AUTH_MODE=token" in worker
+    assert "RAY_AUTH_MODE=token" in head
+    assert "RAY_AUTH_MODE=token" in worker
     assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"

@@ -9,13 +9,12 @@ from pathlib import Path
 from fake_ledger import make_setting, make_study
 
 from aqn_tune.report.manifest import (
-    code_hash,
     finish_manifest,
-    hash_files,
     read_manifest,
     version_of,
     write_manifest,
 )
+from aqn_tune.study.code import code_hash
 from aqn_tune.study.folder import study_folder, study_hash
 
 
@@ -51,19 +50,6 @@ def test_a_folder_without_a_manifest_stays_without_one(tmp_path: Path) -> None:
     finish_manifest(folder)
     assert read_manifest(folder) == {}
     assert not folder.manifest.exists()
-
-
-def test_the_code_hash_sees_content_and_place_but_not_order(tmp_path: Path) -> None:
-    one, two = tmp_path / "a.py", tmp_path / "b.py"
-    one.write_text("x = 1\n")
-    two.write_text("y = 2\n")
-    before = hash_files(tmp_path, [one, two])
-    assert hash_files(tmp_path, [two, one]) == before
-    two.write_text("y = 3\n")
-    assert hash_files(tmp_path, [one, two]) != before
-    two.write_text("y = 2\n")
-    assert hash_files(tmp_path, [one, two]) == before
-    assert hash_files(tmp_path, [one, two.rename(tmp_path / "c.py")]) != before
 
 
 def test_a_package_that_is_not_installed_has_no_version() -> None:

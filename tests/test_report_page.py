@@ -11,7 +11,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from fake_ledger import DAMAGE, Fake, write_fake
+from fake_ledger import DAMAGE, Fake, make_lock_file, write_fake
 
 from aqn_tune.errors import UserError
 from aqn_tune.report.loading import load_results
@@ -19,8 +19,9 @@ from aqn_tune.report.page import context, render_html, render_markdown
 from aqn_tune.report.parquet import run_lines
 from aqn_tune.report.results import Results
 from aqn_tune.report.summary import summary_of, summary_text
+from aqn_tune.report.text import MINUS
 from aqn_tune.report.verdict_file import verdict_content
-from aqn_tune.report.write import write_report
+from aqn_tune.report.write import verdict_of, write_report
 from aqn_tune.study.folder import StudyFolder
 
 FAILED = ("both-threshold0.2", "targeted", 5)
@@ -115,7 +116,7 @@ def test_the_luck_of_the_search_is_shown_beside_the_confirmation(markdown: str) 
     assert len(rows) == 2 * len(DAMAGE)
     for row in rows:
         assert row[1:3] == ["finalist1", "c000"]
-        search, confirm, shrank = (float(cell.replace("−", "-")) for cell in row[6:9])
+        search, confirm, shrank = (float(cell.replace(MINUS, "-")) for cell in row[6:9])
         assert shrank == pytest.approx(search - confirm, abs=2e-4)
 
 
@@ -200,7 +201,9 @@ def test_a_partial_study_makes_no_claims(
 ) -> None:
     fake = write_fake(tmp_path, **TWO, **changes)  # type: ignore[arg-type]
     paths = write_report(fake.folder)
-    verdict = json.loads(paths.verdict.read_text())
+    assert paths.verdict is None
+    assert not fake.folder.verdict.exists()
+    verdict = verdict_of(fake.folder)
     assert verdict["complete"] is False
     assert any(gap in sentence for sentence in verdict["missing"])
     assert all(not s["contrasts"] and s["decision"] is None for s in verdict["scenarios"].values())
@@ -211,9 +214,11 @@ def test_a_partial_study_makes_no_claims(
 
 
 def _words(page: str) -> str:
-    """Return what a reader sees: the style sheet names all verdicts, the text must not."""
+    """Return what a reader sees, less the two notes that explain losses and damage."""
     text = re.sub(r"<style>.*?</style>", "", page, flags=re.S)
-    return text.replace("a better arm may still be useless here", "")
+    for note in ("a lower loss is better", "(worse than not training at all)"):
+        text = text.replace(note, "")
+    return text
 
 
 def test_arms_that_cannot_exist_are_listed_with_the_reason(tmp_path: Path) -> None:
@@ -225,11 +230,69 @@ def test_arms_that_cannot_exist_are_listed_with_the_reason(tmp_path: Path) -> No
     assert results.makes_claims
 
 
+def test_a_model_that_is_elsewhere_does_not_hold_up_a_partial_report(tmp_path: Path) -> None:
+    model = {"path": str(tmp_path / "elsewhere")}
+    results = load_results(write_fake(tmp_path, confirm=False, model=model, **TWO).folder)
+    assert results.gaps[0].startswith("Which arms cannot exist is not known here:")
+    assert "## Search" in render_markdown(context(results))
+
+
+def test_a_place_that_no_finalist_fills_does_not_hold_up_the_claims(tmp_path: Path) -> None:
+    """Planted: two finalists asked for, and one config that ended well."""
+    confirm = {
+        "finalists": 2,
+        "replicates": 8,
+        "contrasts": [["targeted", "fault_only"], ["targeted", "global"], ["finalist2", "global"]],
+    }
+    results = load_results(write_fake(tmp_path, confirm_spec=confirm, **TWO).folder)
+    assert results.makes_claims
+    assert len(results.evidence.declared.family) == 4
+    rows = rows_of(render_markdown(context(results)), "Arms that are not available")
+    assert {row[1] for row in rows} == {"finalist2", r"finalist2\_none", r"finalist2\_global"}
+
+
+def test_arms_that_share_a_training_are_said_to(results: Results) -> None:
+    markdown = render_markdown(context(results))
+    rows = {row[0]: row for row in rows_of(markdown, "Arms: threshold 0.1, fault in training and")}
+    assert rows[r"finalist1\_none"][-1] == r"fault\_only"
+    assert rows["targeted"][-1] == ""
+    deployed = {row[0]: row for row in rows_of(markdown, "Arms: threshold 0.1, fault at deploy")}
+    assert deployed[r"fault\_only"][-1] == "clean"
+
+
+def test_the_lock_holds_where_it_and_the_study_differ(tmp_path: Path) -> None:
+    """Planted: alpha and margin loosened after the lock was written."""
+    fake = write_fake(tmp_path, **TWO)
+    before = load_results(fake.folder)
+    text = make_lock_file(
+        fake.study, before.scenarios, alpha=0.001, margin=5.0, gain=100.0, margin_fraction=0.02
+    )
+    fake.folder.lock.write_text(text)
+    after = load_results(fake.folder)
+    assert after.evidence.declared.alpha == 0.001
+    judged = [one for each in after.evidence.scenarios for one in each.contrasts]
+    assert {one.margin for one in judged} == {5.0}
+    assert {one.verdict.word for one in judged} == {"equivalent"}
+    assert after.lock_hash != before.lock_hash
+
+
+def test_the_lock_hash_does_not_depend_on_the_clock(tmp_path: Path) -> None:
+    fake = write_fake(tmp_path, **TWO)
+    before = load_results(fake.folder)
+    text = make_lock_file(fake.study, before.scenarios, created="2027-01-01T00:00:00+00:00")
+    fake.folder.lock.write_text(text)
+    assert load_results(fake.folder).lock_hash == before.lock_hash
+
+
 def test_a_study_without_search_or_sweep_or_decisions_has_its_report(tmp_path: Path) -> None:
     results = load_results(write_fake(tmp_path, search=None, sweep={}, decisions=None).folder)
     assert results.makes_claims
     markdown = render_markdown(context(results))
-    assert [row[0] for row in rows_of(markdown, "Primary contrasts")] == ["both"] * 3
+    rows = rows_of(markdown, "Primary contrasts")
+    pairs = results.study.primary_contrasts()
+    assert [row[:2] for row in rows] == [
+        ["both", f"{arm} vs {reference}".replace("_", r"\_")] for arm, reference in pairs
+    ]
     assert "## Search" not in markdown
     assert "<svg" in render_html(context(results))
 
@@ -244,6 +307,9 @@ class _Balance(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag not in self.VOID:
             self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag in self.VOID
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -282,17 +348,22 @@ def test_the_curve_shows_every_arm_with_its_seeds(html: str, results: Results) -
     dots = [node for node in chart.iter("circle") if node.attrib["class"].startswith("seed")]
     arms = 7
     assert len(dots) == arms * len(DAMAGE) * results.study.confirm.replicates
-    lines = [node for node in chart.iter("polyline")]
+    lines = list(chart.iter("polyline"))
     assert len(lines) == arms
 
 
 def test_the_same_ledger_gives_the_same_verdict_file(tmp_path: Path) -> None:
     first = write_fake(tmp_path / "a", **TWO)
-    one = json.loads(write_report(first.folder).verdict.read_text())
-    again = write_report(first.folder, tensorboard=False).verdict.read_text()
+    write_report(first.folder)
+    one = json.loads(first.folder.verdict.read_text())
+    write_report(first.folder, tensorboard=False)
+    again = first.folder.verdict.read_text()
     assert json.loads(again) == one
+    assert verdict_of(first.folder) == one
     assert again == json.dumps(one, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    other = json.loads(write_report(write_fake(tmp_path / "b", **TWO).folder).verdict.read_text())
+    second = write_fake(tmp_path / "b", **TWO)
+    write_report(second.folder, tensorboard=False)
+    other = json.loads(second.folder.verdict.read_text())
     del one["times"], other["times"]
     assert other == one
     assert len(one["seeds"]) == 8
@@ -357,7 +428,7 @@ def test_writing_a_report_needs_neither_torch_nor_ray(whole: Fake) -> None:
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from aqn_tune.report.write import write_report\n"
+        "from aqn_tune.report.write import verdict_of, write_report\n"
         "from aqn_tune.study.folder import StudyFolder\n"
         f"write_report(StudyFolder(Path({str(whole.folder.root)!r})))\n"
         "print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"

@@ -53,7 +53,8 @@ def test_the_clean_arm_of_every_threshold_is_one_training_per_seed() -> None:
     scenarios = resolve_scenarios(made)
     cells = stage_cells(made, SETTING, scenarios, stage="search", layer_count=8).cells
     clean = {(c.scenario, c.replicate): c.training_key for c in cells if c.arm == "clean"}
-    assert len(clean) == 6 and len(set(clean.values())) == 2
+    assert len(clean) == 6
+    assert len(set(clean.values())) == 2
     run = unique_runs(cells)[clean["both-threshold0.1", 0]]
     conditions = [(c.name, c.scenario) for c in run.conditions]
     assert conditions == [
@@ -111,14 +112,16 @@ def test_replicates_come_in_blocks_so_that_an_interrupted_stage_is_balanced() ->
     made = study()
     cells = stage_cells(made, SETTING, resolve_scenarios(made), stage="confirm", layer_count=8)
     order = [cell.replicate for cell in cells.cells]
-    assert order == sorted(order) and len(order) == 6 * 6
+    assert order == sorted(order)
+    assert len(order) == 6 * 6
 
 
 def test_healthy_is_missing_where_every_layer_is_faulty() -> None:
     made = study(scenario={"faults": [{**DEAD_ZONE, "layers": "all"}]})
     cells = stage_cells(made, SETTING, resolve_scenarios(made), stage="search", layer_count=8)
     (missing,) = cells.missing
-    assert missing.arm == "healthy" and "every layer is faulty" in missing.reason
+    assert missing.arm == "healthy"
+    assert "every layer is faulty" in missing.reason
     assert "healthy" not in {cell.arm for cell in cells.cells}
 
 
@@ -159,9 +162,11 @@ def test_twins_differ_from_their_finalist_in_targeting_alone() -> None:
     arms = finalist_arms([Finalist("s", 1, "c000", FULL)])
     best, none, everywhere = (arms[name] for name in arms)
     assert list(arms) == ["finalist1", "finalist1_none", "finalist1_global"]
-    assert best is not None and best.noise is not None
+    assert best is not None
+    assert best.noise is not None
     assert none == best.model_copy(update={"noise": None})
-    assert everywhere is not None and everywhere.noise is not None
+    assert everywhere is not None
+    assert everywhere.noise is not None
     assert everywhere.noise.targeting.kind == "global"
     left = everywhere.noise.model_copy(update={"targeting": best.noise.targeting})
     assert everywhere.model_copy(update={"noise": left}) == best
@@ -169,7 +174,8 @@ def test_twins_differ_from_their_finalist_in_targeting_alone() -> None:
 
 def test_a_finalist_without_noise_has_no_global_twin() -> None:
     arms = finalist_arms([Finalist("s", 1, "c000", {"targeting": "none", "rank": 4})])
-    assert arms["finalist1_global"] is None and arms["finalist1_none"] == arms["finalist1"]
+    assert arms["finalist1_global"] is None
+    assert arms["finalist1_none"] == arms["finalist1"]
 
 
 def test_the_point_of_a_space_becomes_the_arm_it_says() -> None:

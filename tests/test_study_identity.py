@@ -23,7 +23,8 @@ def test_search_and_confirm_seeds_are_disjoint_for_any_study_seed_index_and_gene
     assert not search & confirm
     assert {seed % 2 for seed in search} == {0}, "the pools are told apart by parity, not by luck"
     assert {seed % 2 for seed in confirm} == {1}
-    assert len(search) == 42 * 40 and len(confirm) == 42 * 40 * 3
+    assert len(search) == 42 * 40
+    assert len(confirm) == 42 * 40 * 3
     assert all(0 <= seed < 2**63 for seed in search | confirm)
 
 

@@ -69,7 +69,8 @@ def test_overrides_apply_in_order_and_reach_into_the_space(file: Path) -> None:
             "search.space.dimensions.sigma_start.low=0.01",
         ],
     )
-    assert study.training.steps == 60 and study.search is not None
+    assert study.training.steps == 60
+    assert study.search is not None
     assert study.scenario.faults[0].layers == ("14-17",)
     assert len(resolve_scenarios(study)) == 2
     assert study.search.space.dimensions["sigma_start"].model_dump()["low"] == 0.01
@@ -93,7 +94,8 @@ def test_overrides_apply_in_order_and_reach_into_the_space(file: Path) -> None:
 )
 def test_scalars(text: str, value: object) -> None:
     found = parse_source(f"a: {text}", "f").data["a"]
-    assert found == value and type(found) is type(value)
+    assert found == value
+    assert type(found) is type(value)
 
 
 def test_every_key_knows_its_line() -> None:
@@ -204,7 +206,7 @@ def test_a_model_that_is_not_there_says_how_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="neither 'embedded', nor a folder.*hf download"):
+    with pytest.raises(UserError, match=r"neither 'embedded', nor a folder.*hf download"):
         layer_count(ModelSpec(path="some-one/some-model"))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="no num_hidden_layers"):
@@ -229,7 +231,8 @@ def test_the_resolved_study_reads_back_as_the_same_study(file: Path) -> None:
 
 def test_the_setting_names_the_model_by_its_content(file: Path) -> None:
     setting = make_setting(load_study(file))
-    assert len(setting.model_fingerprint) == 64 and setting.eval_batch_size == 64
+    assert len(setting.model_fingerprint) == 64
+    assert setting.eval_batch_size == 64
 
 
 @pytest.mark.parametrize("name", ["quick", "aqn_basic", "aqn_full"])

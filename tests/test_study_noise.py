@@ -108,7 +108,8 @@ def test_multipliers_of_each_targeting(
 @pytest.mark.parametrize("seed", range(5))
 def test_random_takes_as_many_healthy_layers_as_are_faulty(seed: int) -> None:
     multipliers = Random(seed=seed).multipliers(8, (2, 3))
-    assert sum(multipliers) == 2 and multipliers[2] == multipliers[3] == 0
+    assert sum(multipliers) == 2
+    assert multipliers[2] == multipliers[3] == 0
     assert multipliers == Random(seed=seed).multipliers(8, (2, 3))
 
 
@@ -149,7 +150,8 @@ def test_energy_gives_every_targeting_the_dose_of_global(kind: str) -> None:
 
 def test_without_normalisation_targeted_differs_in_dose() -> None:
     noise = policy(targeting="targeted").resolve(steps=30, layer_count=8, fault_layers=(2, 3))
-    assert noise is not None and noise.energy() == 2.0
+    assert noise is not None
+    assert noise.energy() == 2.0
 
 
 def test_no_targeting_is_no_noise() -> None:

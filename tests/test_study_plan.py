@@ -48,13 +48,15 @@ def test_a_normal_approximation_would_not_do() -> None:
     assert detectable_effect(6, 0.05, 0.8) > 1.2 * normal
 
 
-def plan_of(tmp_path: Path, **changes: Any) -> Any:
-    return make_plan(make_study(tmp_path, **changes))
+def plan_of(tmp_path: Path, *, searched: bool = True, **changes: Any) -> Any:
+    study = make_study(tmp_path, **changes)
+    return make_plan(study if searched else study.model_copy(update={"search": None}))
 
 
 def test_the_work_of_a_small_study_by_hand(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
-    assert plan.rungs == (5, 10, 20) and plan.search is not None
+    assert plan.rungs == (5, 10, 20)
+    assert plan.search is not None
     # search: 6 controls x 2 seeds, each evaluated clean and faulty at 3 rungs; the base once each
     assert (plan.search.cells, plan.search.unique) == (12, 12)
     # 8 configs x 2 seeds: 16 to step 5, 8 to step 10, 4 to step 20
@@ -79,8 +81,9 @@ def test_a_searched_learning_rate_makes_the_none_twin_a_training_of_its_own(tmp_
 
 def test_clean_is_trained_once_for_all_thresholds(tmp_path: Path) -> None:
     sweep = {"faults.0.threshold": [0.1, 0.2, 0.5]}
-    plan = plan_of(tmp_path, sweep=sweep, search=None)
-    assert plan.search is None and plan.configs == 0
+    plan = plan_of(tmp_path, sweep=sweep, searched=False)
+    assert plan.search is None
+    assert plan.configs == 0
     assert (plan.confirm.cells, plan.confirm.unique) == (6 * 3 * 6, (1 + 5 * 3) * 6)
     # the clean arm is evaluated once clean and once under each threshold
     assert plan.confirm.most.evaluations == (4 + 15 * 2) * 6 + 4
@@ -88,7 +91,8 @@ def test_clean_is_trained_once_for_all_thresholds(tmp_path: Path) -> None:
 
 def test_search_without_configs_is_no_search(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, search={"configs": 0})
-    assert plan.search is None and plan.confirm.most.trainings == 36
+    assert plan.search is None
+    assert plan.confirm.most.trainings == 36
 
 
 def test_missing_arms_are_listed_and_leave_the_family(tmp_path: Path) -> None:
@@ -96,13 +100,14 @@ def test_missing_arms_are_listed_and_leave_the_family(tmp_path: Path) -> None:
     contrasts = [["global", "fault_only"], ["healthy", "global"]]
     plan = plan_of(
         tmp_path,
-        search=None,
+        searched=False,
         scenario={"faults": [fault]},
         confirm={"contrasts": contrasts},
     )
     (scenario,) = plan.scenarios
     reasons = {arm.arm: arm.reason for arm in scenario.arms if arm.reason}
-    assert list(reasons) == ["healthy"] and "every layer is faulty" in reasons["healthy"]
+    assert list(reasons) == ["healthy"]
+    assert "every layer is faulty" in reasons["healthy"]
     assert plan.detectable.family == 1
 
 
@@ -111,7 +116,8 @@ def test_the_family_is_the_one_that_is_declared(tmp_path: Path) -> None:
     declared = declare(study, resolve_scenarios(study), (), margin=None)
     found = make_plan(study).detectable
     assert found.family == len(declared.family) == 8
-    assert found.level == pytest.approx(0.05 / 8) and found.floor == 2**-5
+    assert found.level == pytest.approx(0.05 / 8)
+    assert found.floor == 2**-5
     assert found.effect_sd == pytest.approx(mde_sd_units(6, 0.05 / 8, 0.8), rel=1e-6)
 
 
@@ -137,7 +143,8 @@ def test_ranges(numbers: tuple[int, ...], text: str) -> None:
 
 def test_seeds_of_the_stages_are_disjoint(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
-    assert plan.search is not None and not set(plan.search.seeds) & set(plan.confirm.seeds)
+    assert plan.search is not None
+    assert not set(plan.search.seeds) & set(plan.confirm.seeds)
 
 
 def test_planning_writes_nothing(tmp_path: Path) -> None:
@@ -198,18 +205,19 @@ def test_a_finished_study_calibrates_the_next_plan(
     assert costs is not None
     assert costs.seconds_per_step == pytest.approx(1.0)
     assert costs.seconds_per_row == pytest.approx(1 / 48)
-    assert "measured here" in costs.source and "at 4 replicates per trial in place of 8" in (
-        costs.source
-    )
+    assert "measured here" in costs.source
+    assert "at 4 replicates per trial in place of 8" in (costs.source)
     plan = make_plan(study)
-    assert plan.search is not None and plan.estimate.seconds is not None
+    assert plan.search is not None
+    assert plan.estimate.seconds is not None
     work = (plan.search.expected, plan.confirm.expected)
     busy = sum(w.steps + w.rows / 48 for w in work)
     assert plan.estimate.seconds == pytest.approx(busy + 20)
     assert plan.estimate.most_seconds is not None
     assert plan.estimate.most_seconds > plan.estimate.seconds
     known = read_calibration(calibration_file(study.output))
-    assert known is not None and known.rates[0].trainings == 2
+    assert known is not None
+    assert known.rates[0].trainings == 2
 
 
 def test_another_workload_is_not_taken_for_this_one(tmp_path: Path) -> None:

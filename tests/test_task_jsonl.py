@@ -72,6 +72,13 @@ def test_a_question_that_is_there_twice_leaves_train_with_both_rows(
     assert not held_out & {row.question.strip() for row in splits.train}
 
 
+def test_a_file_that_changed_under_its_name_is_another_task(files: dict[str, Path]) -> None:
+    task = Jsonl(**files, validation_rows=10)
+    before = task.fingerprint()
+    write(files["test"], rows(50, 61))
+    assert task.fingerprint() != before
+
+
 def test_limits_keep_the_first_rows(files: dict[str, Path]) -> None:
     task = Jsonl(**files, validation_rows=10, train_limit=5, validation_limit=4, test_limit=3)
     splits, whole = task.splits(), Jsonl(**files, validation_rows=10).splits()

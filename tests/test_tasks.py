@@ -115,6 +115,14 @@ def test_rows_are_a_function_of_the_spec_and_grow_at_the_end() -> None:
     assert small(seed=1).splits().train != small().splits().train
 
 
+def test_a_fingerprint_follows_the_rows() -> None:
+    assert small().fingerprint() == small().fingerprint()
+    assert small(seed=1).fingerprint() != small().fingerprint()
+    # One row fewer in one split and one more in the next is the same text, but another task.
+    moved = [small(validation_rows=60, test_rows=61), small(validation_rows=61, test_rows=60)]
+    assert moved[0].fingerprint() != moved[1].fingerprint()
+
+
 @pytest.mark.parametrize("hash_seed", ["0", "1"])
 def test_rows_do_not_depend_on_the_interpreter(hash_seed: str) -> None:
     code = (

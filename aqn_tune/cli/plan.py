@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from aqn_tune.cli.options import Json, Overrides, StudyFile
 from aqn_tune.cli.output import console, duration, print_json, size, table
+from aqn_tune.study.effort import StagePlan
 from aqn_tune.study.loading import load_study
-from aqn_tune.study.plan import Plan, ScenarioPlan, StagePlan, make_plan
+from aqn_tune.study.plan import Plan, ScenarioPlan, make_plan
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -16,6 +16,7 @@ from aqn_tune.study.base import Spec
 from aqn_tune.study.cells import ArmCells, Finalist
 from aqn_tune.study.code import code_hash
 from aqn_tune.study.folder import study_hash
+from aqn_tune.study.keys import content_hash
 from aqn_tune.study.schema import Study
 from aqn_tune.study.space import Value
 
@@ -77,6 +78,11 @@ class ConfirmLock(Spec):
     version: str = Field(description="Version of aqn_tune.")
     code: str = Field(description="Hash of the code of aqn_tune.")
     created: str = Field(description="When it was written (UTC, ISO 8601).")
+
+
+    def identity(self) -> str:
+        """Return the hash of what is locked; equal for two locks that differ in their time only."""
+        return content_hash(self.model_dump(mode="json", exclude={"created"}))
 
 
 _ABOUT_THE_WRITING = {"version", "code", "created"}

@@ -20,6 +20,7 @@ from aqn_tune.study.cells import (
     stage_cells,
     unique_runs,
 )
+from aqn_tune.study.code import code_hash
 from aqn_tune.study.engine import Engine
 from aqn_tune.study.folder import StudyFolder
 from aqn_tune.study.runs import Pack, Setting
@@ -41,13 +42,13 @@ def run_confirm(
 ) -> None:
     """Run the confirmation of a study, or what is left of it.
 
-    The lock is written before the first run. A generation that has been run to its end is not run
-    again, and one whose verdict has been written is not continued with other code: raise
-    `confirm.generation` for fresh seeds. Arms that come to the same training share it, and packs go
-    through replicate after replicate, so that an interrupted stage is balanced.
+    The lock is written before the first run. A generation is run once: what is in the ledger is not
+    run again, and nothing is ever added to it; raise `confirm.generation` for fresh seeds. Arms that
+    come to the same training share it, and packs go through replicate after replicate, so that an
+    interrupted stage is balanced.
 
-    Raises UserError when the study is not the one that the generation was locked to, Interrupted on
-    SIGINT or SIGTERM.
+    Raises UserError when the study, or the code that would go on, is not the one that the generation
+    was locked to; Interrupted on SIGINT or SIGTERM.
     """
     ledger = Ledger(folder.ledger)
     recorder = Recorder(ledger, folder.root, listeners)
@@ -71,6 +72,8 @@ def run_confirm(
     drop_other_states(folder.state, "confirm", work.queued)
     if not work.queued:
         return
+    if folder.verdict.exists() and held.code != code_hash():
+        return  # its results have been shown: what broke off then stays as it was shown
     check_code(folder.lock, held)
     execute(
         work,

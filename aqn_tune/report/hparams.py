@@ -51,6 +51,8 @@ def columns(study: Study, scenarios: Sequence[Scenario]) -> dict[str, bool]:
         for name, value in scenario.values.items():
             table[name] = table.get(name, True) and _is_number(value)
     table.update({"carrier": False, "targeting": False, "sigma_start": True, "sigma_ratio": True})
+    for arm in study.arms.values():
+        table.update({name: _is_number(value) for name, value in arm_params(arm).items()})
     if study.search is not None:
         for name, dimension in study.search.space.dimensions.items():
             if dimension.kind == "choice":

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from aqn_tune.confirm.lock import ConfirmLock, read_locks
+from aqn_tune.errors import UserError
 from aqn_tune.evidence.assemble import Evidence, assemble
 from aqn_tune.evidence.declared import Declared, declare
+from aqn_tune.ledger import Ledger
 from aqn_tune.ledger.rows import CellRow, LedgerRow, SearchRow
-from aqn_tune.report.availability import not_available
-from aqn_tune.report.results import Results, load_study_file, read_rows
+from aqn_tune.report.availability import missing_by_lock, missing_by_study
+from aqn_tune.report.results import Results, load_study_file
 from aqn_tune.report.text import count
 from aqn_tune.study.cells import NotAvailable
 from aqn_tune.study.folder import StudyFolder
@@ -28,9 +31,15 @@ def load_results(folder: StudyFolder) -> Results:
 
     study = load_study_file(folder)
     scenarios = resolve_scenarios(study)
-    rows = tuple(read_rows(folder.ledger))
-    missing = not_available(study, scenarios, rows)
-    declared, lock_hash = _declared(folder, study, scenarios, missing)
+    rows = tuple(Ledger(folder.ledger).rows())
+    lock = read_locks(folder.lock).generation(study.confirm.generation)
+    gaps: list[str] = []
+    if lock is None:
+        missing, gaps = _missing_so_far(study, scenarios)
+        declared = declare(study, scenarios, missing, margin=None)
+    else:
+        missing = missing_by_lock(study, scenarios, lock)
+        declared = _locked(study, scenarios, missing, lock)
     evidence = assemble(rows, declared)
     return Results(
         folder=folder,
@@ -38,23 +47,55 @@ def load_results(folder: StudyFolder) -> Results:
         scenarios=scenarios,
         rows=rows,
         evidence=evidence,
-        lock_hash=lock_hash,
-        gaps=_gaps(study, rows, evidence, locked=bool(lock_hash)),
+        lock_hash=_lock_hash(lock),
+        gaps=(*gaps, *_gaps(study, rows, evidence, locked=lock is not None)),
         not_available=missing,
     )
 
 
-def _declared(
-    folder: StudyFolder,
+def _missing_so_far(
+    study: Study, scenarios: Sequence[Scenario]
+) -> tuple[tuple[NotAvailable, ...], list[str]]:
+    try:
+        return missing_by_study(study, scenarios), []
+    except UserError as error:
+        return (), [f"Which arms cannot exist is not known here: {error}"]
+
+
+def _locked(
     study: Study,
     scenarios: Sequence[Scenario],
     missing: Sequence[NotAvailable],
-) -> tuple[Declared, str]:
-    if not folder.lock.is_file():
-        return declare(study, scenarios, missing, margin=None), ""
-    return declare(study, scenarios, missing, margin=None), content_hash(
-        folder.lock.read_text(encoding="utf-8")
+    lock: ConfirmLock,
+) -> Declared:
+    """Return what was declared; where the lock and the study differ, the lock holds."""
+    # A search whose clean arm gained nothing has no G to take a margin from.
+    margin = lock.margin if lock.margin is not None and lock.margin > 0 else None
+    declared = declare(study, scenarios, missing, margin=margin)
+    absent = {(one.scenario, one.arm) for one in missing}
+    family = tuple(
+        (scenario.name, arm, reference)
+        for scenario in scenarios
+        for arm, reference in lock.contrasts
+        if not absent & {(scenario.name, arm), (scenario.name, reference)}
     )
+    return declared.model_copy(
+        update={
+            "family": family,
+            "replicates": lock.replicates,
+            "generation": lock.generation,
+            "alpha": lock.alpha,
+            "power": lock.power,
+            "margin_share": lock.margin_fraction,
+        }
+    )
+
+
+def _lock_hash(lock: ConfirmLock | None) -> str:
+    """Return the hash of what was locked; when it was written down does not enter."""
+    if lock is None:
+        return ""
+    return content_hash(lock.model_dump(mode="json", exclude={"created"}))
 
 
 def _gaps(

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
-from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from aqn_tune.report.files import replace_text
+from aqn_tune.study.code import code_hash
 from aqn_tune.study.folder import StudyFolder, study_hash
 from aqn_tune.study.runs import Setting
 from aqn_tune.study.schema import Study
@@ -87,22 +85,6 @@ def version_of(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-@lru_cache(maxsize=1)
-def code_hash() -> str:
-    """Return a 16-digit hash of every Python file of the installed package and its place in it."""
-    root = Path(__file__).resolve().parents[1]
-    return hash_files(root, root.rglob("*.py"))
-
-
-def hash_files(root: Path, files: Iterable[Path]) -> str:
-    """Return a 16-digit hash of files by content and place below `root`, in any order."""
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0")
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()[:16]
 
 
 def _commit() -> str | None:

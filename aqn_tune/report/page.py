@@ -124,6 +124,8 @@ def context(results: Results) -> dict[str, Any]:
         (cell_id(c) for c in results.cells if c.stage == "confirm" and c.arm == "fault_only"),
         next((cell_id(cell) for cell in results.cells), "confirm/SCENARIO/ARM/REPLICATE"),
     )
+    # As the user named it: a page that is passed on should not name folders of one machine.
+    place = f"{study.output}/{results.folder.root.name}"
     return {
         "study": study,
         "hash": study_hash(study),
@@ -141,8 +143,8 @@ def context(results: Results) -> dict[str, Any]:
         "legend": legend_table(),
         "parts": tuple(_part(results, during) for during in results.during_values),
         "records": tuple(table for table in records if table is not None),
-        "rerun": f"aqn-tune rerun {results.folder.root} {example}",
-        "tensorboard": f"tensorboard --logdir {results.folder.tensorboard}",
+        "rerun": f"aqn-tune rerun {place} {example}",
+        "tensorboard": f"tensorboard --logdir {place}/{results.folder.tensorboard.name}",
     }
 
 

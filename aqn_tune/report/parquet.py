@@ -59,7 +59,7 @@ def _line(results: Results, cell: CellRow, condition: ConditionName) -> dict[str
         "rows": row.rows if row else None,
         "affected_fraction": fault.affected_fraction if fault else None,
         "relative_error": fault.relative_error if fault else None,
-        "seconds": training.seconds if training else None,
+        "seconds": results.seconds.get(cell.training_key),
         "adapter": training.adapter if training else "",
     }
 

@@ -29,7 +29,7 @@ def search_table(results: Results) -> Table | None:
             rows.append((scenario.name, summary or "no config yet", NONE, NONE, NONE))
         for rank, one in enumerate(best):
             head = (scenario.name, summary) if rank == 0 else ("", "")
-            rows.append((*head, one.config, number(one.value), params_text(dict(one.params))))
+            rows.append((*head, one.config, number(one.value), params_text(one.params)))
     columns = (
         Column("scenario", align="left"),
         Column("configs", align="left"),

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import NamedTuple
 
 from aqn_tune.errors import UserError
 from aqn_tune.evidence.arms import ArmEvidence
 from aqn_tune.evidence.assemble import Evidence, ScenarioEvidence
 from aqn_tune.evidence.tables import CellResult, Tables
-from aqn_tune.ledger import Ledger
 from aqn_tune.ledger.rows import CellRow, EvaluationRow, LedgerRow, SearchRow, TrainingRow
 from aqn_tune.report.text import Spread, spread
 from aqn_tune.study.cells import NotAvailable
 from aqn_tune.study.folder import StudyFolder
 from aqn_tune.study.scenario import During, Scenario
 from aqn_tune.study.schema import Study
-
-
-class _Reader(Ledger):
-    """A ledger that also gives its rows in the order in which they were written."""
-
-    def rows(self) -> Iterator[LedgerRow]:
-        return self._rows()
-
-
-def read_rows(path: Path) -> Iterator[LedgerRow]:
-    """Return the rows of a ledger in order, none when there is no file."""
-    return _Reader(path).rows()
 
 
 class FailedRun(NamedTuple):
@@ -97,6 +84,15 @@ class Results:
             for row in self.rows
             if isinstance(row, TrainingRow) and (row.step_reached or row.status == "failed")
         }
+
+    @cached_property
+    def seconds(self) -> Mapping[str, float]:
+        """Wall time that each training has taken, all its rows together."""
+        total: dict[str, float] = defaultdict(float)
+        for row in self.rows:
+            if isinstance(row, TrainingRow):
+                total[row.training_key] += row.seconds
+        return total
 
     @cached_property
     def _evaluations(self) -> dict[tuple[str, int, str, str, str], EvaluationRow]:

@@ -180,6 +180,7 @@ def arms_table(results: Results, scenario: Scenario, evidence: ScenarioEvidence)
         Column("clean loss", NATS),
         Column("clean exact match"),
         Column("seeds"),
+        Column("same training as", align="left"),
     )
     clean, fault_only = arm_of(evidence, "clean"), arm_of(evidence, "fault_only")
     clean_match = results.clean_exact_match(clean).mean if clean else None
@@ -199,14 +200,29 @@ def arms_table(results: Results, scenario: Scenario, evidence: ScenarioEvidence)
                 with_sd(clean_loss(arm)),
                 percent_with_sd(results.clean_exact_match(arm)),
                 _seeds(present, arm),
+                same_training(evidence, arm),
             )
         )
     note = (
         "'To clean' compares with the clean arm on a healthy device; a lower loss is better. "
-        "A mean is given only when every seed has its number."
+        "A mean is given only when every seed has its number. Arms that come to the same training "
+        "share it and have the same numbers."
     )
     title = f"{sweep_label(scenario)}, {DURING[scenario.spec.during]}"
     return Table(title, columns, tuple(rows), (note,))
+
+
+def same_training(evidence: ScenarioEvidence, arm: ArmEvidence) -> str:
+    """Return the first other arm with the very same trainings, empty when there is none."""
+    keys = [cell.training_key for cell in arm.seeds]
+    if not all(keys):
+        return ""
+    for other in evidence.arms:
+        if other is arm:
+            return ""
+        if [cell.training_key for cell in other.seeds] == keys:
+            return other.arm
+    return ""
 
 
 def _seeds(present: int, arm: ArmEvidence) -> Cell:

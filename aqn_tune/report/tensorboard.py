@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from aqn_tune.ledger import Ledger
 from aqn_tune.ledger.rows import CellRow, EvaluationRow, LedgerRow, SearchRow, TrainingRow
 from aqn_tune.report.hparams import (
     Status,
@@ -26,7 +27,6 @@ from aqn_tune.report.hparams import (
     session_end,
     session_start,
 )
-from aqn_tune.report.results import read_rows
 from aqn_tune.study.cells import named_arms, twin
 from aqn_tune.study.folder import StudyFolder
 from aqn_tune.study.schema import Study
@@ -101,7 +101,7 @@ class TensorBoardWriter:
         self._pending: dict[str, list[tuple[int, Any]]] = {}
         self._begun: set[str] = set()
         self._add("", 0, experiment_summary(study, scenarios))
-        self.write(tuple(read_rows(folder.ledger)))
+        self.write(tuple(Ledger(folder.ledger).rows()))
         self._remove_strangers()
 
     def write(self, rows: Sequence[LedgerRow]) -> None:
@@ -160,6 +160,8 @@ class TensorBoardWriter:
         for offset, loss in enumerate(row.train_losses):
             step = first + offset
             self._new_point(row.training_key, _Point("train_loss", step, loss, "", None, False))
+        if row.step_reached == 0 and row.status != "failed":
+            return  # the untrained base, recorded under the key of a run that is yet to be trained
         self._trainings[row.training_key] = row
         for cell in self._cells.get(row.training_key, ()):
             self._end_if_done(_line_of(cell))
@@ -199,7 +201,7 @@ class TensorBoardWriter:
         if len(keys) != self._replicates[line.stage]:
             return
         rows = [self._trainings.get(key) for key in keys.values()]
-        states = [row.status if row and row.step_reached else "" for row in rows]
+        states = [row.status if row else "" for row in rows]
         failed = [bool(row) and row.status == "failed" for row in rows if row]
         if all(state == "finished" for state in states):
             self._end(line, Status.SUCCESS)

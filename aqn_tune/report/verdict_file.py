@@ -48,9 +48,8 @@ def verdict_content(results: Results, *, times: dict[str, Any] | None = None) ->
     }
 
 
-def verdict_json(results: Results, *, times: dict[str, Any] | None = None) -> str:
-    """Return the file: keys sorted, floats in their shortest exact form."""
-    content = verdict_content(results, times=times)
+def verdict_json(content: dict[str, Any]) -> str:
+    """Return the text of the file: keys sorted, floats in their shortest exact form."""
     return json.dumps(content, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
 
 

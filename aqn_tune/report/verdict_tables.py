@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from statistics import median
 
 from aqn_tune.evidence.verdicts import Judged, Verdict
@@ -179,8 +180,6 @@ def luck_table(results: Results) -> Table | None:
     return Table("How much of the win was luck", columns, tuple(rows), (note,))
 
 
-def params_text(params: object) -> str:
+def params_text(params: Mapping[str, object]) -> str:
     """Return the parameters of a config as `name value, ...`."""
-    if not isinstance(params, dict):
-        return NONE
     return ", ".join(f"{name} {plain(value)}" for name, value in params.items()) or NONE

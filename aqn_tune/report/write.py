@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from aqn_tune.report.files import replace_text
 from aqn_tune.report.loading import load_results
 from aqn_tune.report.manifest import read_manifest
 from aqn_tune.report.page import context, render_html, render_markdown
 from aqn_tune.report.parquet import write_parquet
+from aqn_tune.report.results import Results
 from aqn_tune.report.tensorboard import rebuild
-from aqn_tune.report.verdict_file import verdict_json
+from aqn_tune.report.verdict_file import verdict_content, verdict_json
 from aqn_tune.study.folder import StudyFolder
 
 
@@ -22,8 +23,8 @@ class ReportPaths(NamedTuple):
     """Self-contained page with charts."""
     markdown: Path
     """The same as text."""
-    verdict: Path
-    """For machines; `complete` is false while claims are not made."""
+    verdict: Path | None
+    """For machines; None while the study makes no claims."""
     runs: Path
     """One line per cell and condition."""
     tensorboard: Path
@@ -33,34 +34,48 @@ class ReportPaths(NamedTuple):
 def write_report(folder: StudyFolder, *, tensorboard: bool = True) -> ReportPaths:
     """Make every file of the report anew; call it at any time, as often as wanted.
 
-    A study that is not complete gets a report that says what is missing and makes no claims.
+    A study that is not complete gets a report that says what is missing and makes no claims, and no
+    `verdict.json`: that file marks the results of a confirm generation as shown.
 
     Args:
         folder: holds study.yaml; ledger.jsonl and confirm.lock as far as the study has come.
-        tensorboard: make the TensorBoard logs anew as well.
+        tensorboard: make the TensorBoard logs anew as well; leave them to the live writer while
+            the study runs.
 
     Raises:
         UserError: no study in the folder, or files of another version.
     """
     results = load_results(folder)
     values = context(results)
-    manifest = read_manifest(folder)
-    times = {
-        "started": manifest.get("started"),
-        "finished": manifest.get("finished"),
-        "seconds": {cost.stage: cost.seconds for cost in results.evidence.costs},
-    }
     replace_text(folder.report, render_html(values))
     replace_text(folder.report_markdown, render_markdown(values))
     write_parquet(results, folder.runs)
     if tensorboard:
         rebuild(folder, results.study)
-    # Last, because its existence marks the results of a generation as shown.
-    replace_text(folder.verdict, verdict_json(results, times=times))
+    if results.makes_claims:
+        replace_text(folder.verdict, verdict_json(verdict_content(results, times=_times(results))))
     return ReportPaths(
         html=folder.report,
         markdown=folder.report_markdown,
-        verdict=folder.verdict,
+        verdict=folder.verdict if results.makes_claims else None,
         runs=folder.runs,
         tensorboard=folder.tensorboard,
     )
+
+
+def verdict_of(folder: StudyFolder) -> dict[str, Any]:
+    """Return what `verdict.json` says, or would say of a study that is not complete.
+
+    Nothing is written. `complete` tells the two apart; see `verdict_content`.
+    """
+    results = load_results(folder)
+    return verdict_content(results, times=_times(results))
+
+
+def _times(results: Results) -> dict[str, Any]:
+    manifest = read_manifest(results.folder)
+    return {
+        "started": manifest.get("started"),
+        "finished": manifest.get("finished"),
+        "seconds": {cost.stage: cost.seconds for cost in results.evidence.costs},
+    }

@@ -56,6 +56,7 @@ def make_setting(study: Study) -> Setting:
         model=study.model,
         task=study.task,
         model_fingerprint=fingerprint(study.model),
+        task_fingerprint="" if study.task.kind == "word_problems" else study.task.fingerprint(),
         eval_batch_size=study.eval_batch_size,
     )
 

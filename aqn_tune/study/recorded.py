@@ -42,10 +42,10 @@ def recorded_runs(
                     layer_count=layer_count,
                 )
     generations: dict[int, int] = {}
-    for row in ledger.cells.values():
-        if row.stage == "confirm":
-            seeds = generations.get(row.generation, 0)
-            generations[row.generation] = max(seeds, row.replicate + 1)
+    for cell in ledger.cells.values():
+        if cell.stage == "confirm":
+            seeds = generations.get(cell.generation, 0)
+            generations[cell.generation] = max(seeds, cell.replicate + 1)
     for generation, replicates in generations.items():
         changes = {"generation": generation, "replicates": replicates}
         confirm = study.confirm.model_copy(update=changes)

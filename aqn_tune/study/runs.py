@@ -35,6 +35,9 @@ class Setting(Spec):
     model: ModelSpec = Field(description="The model to fine-tune.")
     task: Task = Field(description="The data.")
     model_fingerprint: str = Field(description="Content hash of the model's files.")
+    task_fingerprint: str = Field(
+        "", description="Content hash of the rows; empty where the task's spec determines them."
+    )
     eval_batch_size: int = Field(64, description="Rows per evaluation batch; part of a tensor_max fault.")
 
 
@@ -60,7 +63,7 @@ class Run(Spec):
                 "format": TRAINING_FORMAT,
                 "model": setting.model_fingerprint,
                 "dtype": setting.model.dtype,
-                "task": setting.task,
+                "task": setting.task_fingerprint or setting.task,
                 "training": self.training,
                 "faults": self.faults,
                 "noise": self.noise,

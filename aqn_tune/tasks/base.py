@@ -5,6 +5,8 @@ Torch-free and numpy-free, so that ``plan`` can read a study without loading a n
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from typing import NamedTuple
 
@@ -54,6 +56,14 @@ class TaskSpec(BaseModel):
         had as asked for.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say which rows it has")
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 (hex) of every row of every split, in order.
+
+        Use it in hashes of configurations: a file that changed under the same path is another
+        task. Raises what :meth:`splits` raises.
+        """
+        return hashlib.sha256(json.dumps(self.splits()).encode()).hexdigest()
 
 
 def prompt(question: str) -> str:

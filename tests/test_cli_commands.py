@@ -1,0 +1,396 @@
+"""The commands on a recorded study, with a synthetic engine in place of training."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic import Behaviour, make_study
+from synthetic import engine as synthetic_engine
+
+from aqn_tune.cli import rerun, run
+from aqn_tune.cli.app import main
+from aqn_tune.cli.output import ProgressLine
+from aqn_tune.errors import Interrupted, UserError
+from aqn_tune.ledger import Ledger
+from aqn_tune.ledger.rows import CellRow, SearchRow
+from aqn_tune.search.progress import Progress
+from aqn_tune.search.work import Best
+from aqn_tune.study.cells import config_cells, make_packs, stage_cells, unique_runs
+from aqn_tune.study.engine import Engine
+from aqn_tune.study.folder import StudyFolder, study_folder
+from aqn_tune.study.loading import layer_count, make_setting, resolve_scenarios
+from aqn_tune.study.schema import Study
+from aqn_tune.study.space import Params
+
+SILENT = ProgressLine(quiet=True)
+CELL = "search/both/targeted/1"
+PARAMS: Params = {"targeting": "window", "window_centre": 3, "window_width": 2, "sigma_start": 0.1}
+
+
+def call(arguments: list[str]) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    code = stopped.value.code
+    return code if isinstance(code, int) else 0
+
+
+def record(study: Study, engine: Engine) -> StudyFolder:
+    """Record the controls and one config of a search, without Ray."""
+    folder = study_folder(study)
+    run.write_study(study, folder)
+    setting, scenarios = make_setting(study), resolve_scenarios(study)
+    layers = layer_count(study.model)
+    controls = stage_cells(study, setting, scenarios, stage="search", layer_count=layers).cells
+    config = config_cells(
+        study, setting, scenarios[0], config="c000", params=PARAMS, layer_count=layers
+    )
+    ledger = Ledger(folder.ledger)
+    ledger.append(
+        [
+            SearchRow(
+                scenario=scenarios[0].name, event="asked", config="c000", number=0, params=PARAMS
+            )
+        ]
+    )
+    ledger.append(
+        CellRow(
+            stage=cell.stage, scenario=cell.scenario, arm=cell.arm, config=cell.config,
+            replicate=cell.replicate, seed=cell.run.seed, training_key=cell.training_key,
+        )
+        for cell in (*controls, *config)
+    )  # fmt: skip
+    for pack in make_packs(
+        unique_runs([*controls, *config]),
+        stage="search", prefix="p", size=5, rungs=(5, 10, 20), split="validation",
+    ):  # fmt: skip
+        training = engine.open_pack(pack, setting, engine.load_base(setting))
+        for _ in pack.rungs:
+            report = training.advance()
+            ledger.append([*report.evaluations, *report.trainings])
+    return folder
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    return make_study(tmp_path / "runs")
+
+
+@pytest.mark.parametrize("cell", [CELL, "search/both/c000/0"])
+@pytest.mark.parametrize("with_pack", [False, True])
+def test_rerun_finds_every_loss_again(study: Study, cell: str, with_pack: bool) -> None:
+    engine = synthetic_engine()
+    folder = record(study, engine)
+    compared = rerun.rerun(
+        study, Ledger(folder.ledger), cell, engine=engine, progress=SILENT, with_pack=with_pack
+    )
+    losses = [
+        (c.what, c.step) for c in compared if c.what.endswith(" loss") and "train" not in c.what
+    ]
+    assert losses == [
+        (name, step) for step in (5, 10, 20) for name in ("clean loss", "faulty both loss")
+    ]
+    assert all(item.same for item in compared)
+    assert sum(item.what == "train loss" for item in compared) == 10, "those of the last row"
+
+
+def test_rerun_by_training_key(study: Study) -> None:
+    engine = synthetic_engine()
+    ledger = Ledger(record(study, engine).ledger)
+    key = next(row.training_key for row in ledger.cells.values() if row.arm == "healthy")
+    compared = rerun.rerun(study, ledger, key, engine=engine, progress=SILENT)
+    assert compared
+    assert all(item.same for item in compared)
+
+
+def test_rerun_sees_a_change_of_the_last_bit(study: Study) -> None:
+    engine = synthetic_engine()
+    folder = record(study, engine)
+    ledger = Ledger(folder.ledger)
+    key = next(
+        row.training_key
+        for row in ledger.cells.values()
+        if (row.arm, row.replicate) == ("targeted", 1)
+    )
+    old = ledger.evaluation(key, 20, "faulty", "both", "validation")
+    assert old is not None
+    assert old.loss is not None
+    import math
+
+    ledger.append([old.model_copy(update={"loss": math.nextafter(old.loss, 2.0)})])
+    compared = rerun.rerun(
+        study, Ledger(folder.ledger), CELL, engine=synthetic_engine(), progress=SILENT
+    )
+    wrong = [item for item in compared if not item.same]
+    assert [(item.what, item.step) for item in wrong] == [("faulty both loss", 20)]
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("search/both/targetd/1", "did you mean 'search/both/targeted/1'"),
+        ("search/both/targeted/7", "stage/scenario/arm/replicate, for example search/both/clean/0"),
+    ],
+)
+def test_rerun_of_a_cell_that_is_not_there(study: Study, cell: str, message: str) -> None:
+    engine = synthetic_engine()
+    folder = record(study, engine)
+    with pytest.raises(UserError, match=message):
+        rerun.rerun(study, Ledger(folder.ledger), cell, engine=engine, progress=SILENT)
+
+
+def test_rerun_refuses_a_study_that_comes_to_another_training(study: Study) -> None:
+    engine = synthetic_engine()
+    ledger = Ledger(record(study, engine).ledger)
+    other = study.model_copy(update={"seed": 8})
+    with pytest.raises(UserError, match="does not come to training"):
+        rerun.rerun(other, ledger, CELL, engine=engine, progress=SILENT)
+
+
+@pytest.fixture
+def real_engine(monkeypatch: pytest.MonkeyPatch) -> Callable[[Engine], None]:
+    """Put another engine in the place of the one that trains with torch."""
+    import types
+
+    def put(engine: Engine) -> None:
+        module = types.ModuleType("aqn_tune.training.engine")
+        module.ENGINE = engine  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "aqn_tune.training.engine", module)
+
+    return put
+
+
+def test_rerun_command(
+    study: Study, real_engine: Callable[[Engine], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = record(study, synthetic_engine())
+    real_engine(synthetic_engine())
+    before = folder.ledger.read_bytes()
+    assert call(["rerun", str(folder.root), CELL]) == 0
+    assert "all identical" in capsys.readouterr().out
+    real_engine(synthetic_engine(Behaviour(effect=0.31)))
+    assert call(["rerun", str(folder.root), CELL]) == 1
+    assert "DIFFERS" in capsys.readouterr().out
+    assert call(["rerun", str(folder.root), CELL, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["identical"] is False
+    assert len(found["losses"]) == 22
+    assert folder.ledger.read_bytes() == before
+
+
+def test_status_command(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = record(study, synthetic_engine(Behaviour(nan_above=0.09)))
+    assert call(["status", str(folder.root), "--json"]) == 0
+    state = json.loads(capsys.readouterr().out)
+    assert state["trainings"]["search"] == {"finished": 12, "failed": 2}
+    assert state["configs"] == {"both": {"asked": 1}}
+    assert [failure["cell"] for failure in state["failures"]] == [
+        "search/both/c000/0", "search/both/c000/1",
+    ]  # fmt: skip
+    assert call(["status", str(folder.root)]) == 0
+    text = capsys.readouterr().out
+    assert "loss is not finite" in text
+    assert "nothing yet" in text
+
+
+def test_only_failures_of_arms_count_against_a_run(study: Study) -> None:
+    folder = record(study, synthetic_engine(Behaviour(nan_above=0.09)))
+    outcome = run.count_failures(folder, Ledger(folder.ledger))
+    assert (outcome.failed, outcome.failed_configs) == (0, 2)
+    other = make_study(folder.root.parent / "other")
+    folder = record(other, synthetic_engine(Behaviour(nan_above=0.04)))
+    outcome = run.count_failures(folder, Ledger(folder.ledger))
+    assert (outcome.failed, outcome.failed_configs) == (8, 2)
+
+
+def test_train_command(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    real_engine: Callable[[Engine], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    real_engine(synthetic_engine())
+    monkeypatch.chdir(tmp_path)
+    fault = "{kind: dead_zone, layers: [10], threshold: 0.2}"
+    Path("demo.yaml").write_text(
+        f"study: demo\nscenario: {{faults: [{fault}]}}\nsweep: {{faults.0.threshold: [0.1, 0.2]}}\n"
+    )
+    arguments = ["train", "demo.yaml", "--arm", "targeted", "--scenario", "both-threshold0.2"]
+    assert call([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["status"] == "finished"
+    assert found["seed"] % 2 == 0, "a search seed"
+    assert [e["condition"] for e in found["evaluations"]] == ["clean", "faulty"]
+    assert {e["split"] for e in found["evaluations"]} == {"validation"}
+    adapter = Path(found["adapter"])
+    assert adapter.is_dir()
+    assert adapter.is_relative_to(tmp_path / "runs" / "trained")
+    (adapter / "adapter_model.safetensors").touch()
+    assert call(arguments) == 2
+    assert "holds something already" in capsys.readouterr().err
+    real_engine(synthetic_engine(Behaviour(nan_above=0.01)))
+    assert call([*arguments, "--out", "elsewhere"]) == 1
+    assert "the training failed: loss is not finite" in capsys.readouterr().err
+
+
+def test_fresh_renames_and_never_deletes(tmp_path: Path) -> None:
+    folder = tmp_path / "study-1234"
+    assert run.set_aside(folder) is None
+    for number in (1, 2):
+        folder.mkdir()
+        (folder / "ledger.jsonl").write_text(str(number))
+        assert run.set_aside(folder) == tmp_path / f"study-1234.old-{number}"
+        assert not folder.exists()
+    assert (tmp_path / "study-1234.old-1" / "ledger.jsonl").read_text() == "1"
+    assert (tmp_path / "study-1234.old-2" / "ledger.jsonl").read_text() == "2"
+
+
+def test_two_runs_never_share_a_folder(study: Study) -> None:
+    folder = study_folder(study)
+    with (
+        run._locked(folder),
+        pytest.raises(UserError, match="another run works in this folder"),
+        run._locked(folder),
+    ):
+        raise AssertionError("two runs in one folder")
+    with run._locked(folder):
+        pass
+
+
+def test_a_folder_of_something_else_is_refused(study: Study) -> None:
+    folder = study_folder(study)
+    folder.root.mkdir(parents=True)
+    run._check_folder(folder, study)
+    (folder.root / "notes.txt").touch()
+    with pytest.raises(UserError, match="not a study's folder"):
+        run._check_folder(folder, study)
+    run.write_study(study.model_copy(update={"seed": 99}), folder)
+    with pytest.raises(UserError, match="holds another study"):
+        run._check_folder(folder, study)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UserError("a.yaml:3: x: got 1\nb.yaml:4: y: got 2"), 2, "error: a.yaml:3: x: got 1\n"),
+        (Interrupted("stopped; run it again to continue"), 130, "run it again"),
+    ],
+)
+def test_errors_become_exit_codes(
+    error: Exception,
+    code: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    study: Study,
+    real_engine: Callable[[Engine], None],
+    tmp_path: Path,
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    real_engine(synthetic_engine())
+    monkeypatch.setattr(run, "run_study", fails)
+    monkeypatch.setattr(run, "load_study", lambda *args: study)
+    assert call(["run", "any.yaml"]) == code
+    assert said in capsys.readouterr().err
+
+
+def test_a_defect_of_the_program_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, study: Study, real_engine: Callable[[Engine], None]
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise ZeroDivisionError
+
+    real_engine(synthetic_engine())
+    monkeypatch.setattr(run, "run_study", fails)
+    monkeypatch.setattr(run, "load_study", lambda *args: study)
+    with pytest.raises(ZeroDivisionError):
+        main(["run", "any.yaml"])
+
+
+MOMENT = Progress(
+    stage="search",
+    total=40,
+    finished=7,
+    running=2,
+    stopped=3,
+    failed=1,
+    best=(Best("a", "c003", 0.5), Best("b", "c001", 0.25)),
+    seconds_left=600.0,
+)
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("aqn_tune.cli.output.time.monotonic", lambda: now[0])
+    with ProgressLine(quiet=False) as progress:
+        progress.stage(MOMENT)
+        now[0] += 14.0
+        progress.stage(MOMENT._replace(finished=8))
+        now[0] += 2.0
+        progress.stage(MOMENT._replace(finished=9))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "search 11/40; 2 running, 3 stopped, 1 failed; best b c001 0.2500; 10 min left",
+        "search 13/40; 2 running, 3 stopped, 1 failed; best b c001 0.2500; 10 min left",
+    ]
+
+
+def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressLine(quiet=True) as progress:
+        progress.stage(MOMENT)
+        progress.note("x")
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_list_names_every_parameter_with_its_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    for what in ("faults", "noise", "targeting", "schedules", "tasks"):
+        assert call(["list", what, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found
+        for kind, entry in found.items():
+            assert entry["summary"], kind
+            for parameter in entry["parameters"]:
+                assert parameter["description"], (kind, parameter)
+                assert parameter["type"], (kind, parameter)
+        assert call(["list", what]) == 0
+        shown = capsys.readouterr().out
+        assert all(kind in shown for kind in found)
+
+
+def test_list_shows_bounds_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    call(["list", "schedules", "--json"])
+    parameters = json.loads(capsys.readouterr().out)["geometric"]["parameters"]
+    assert parameters[0] == {
+        "name": "sigma_start",
+        "type": "number, >= 0",
+        "default": "0.05",
+        "description": "Standard deviation in the first stage.",
+    }
+    assert parameters[3]["default"] == "-"
+    assert parameters[3]["type"] == "number, >= 0, < 1"
+
+
+def test_plan_as_json_and_as_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fault = "{kind: dead_zone, layers: all, threshold: 0.2}"
+    Path("demo.yaml").write_text(f"study: demo\nscenario: {{faults: [{fault}]}}\n")
+    assert call(["plan", "demo.yaml", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["detectable"]["replicates"] == 8
+    assert plan["search"] is None
+    assert call(["plan", "demo.yaml"]) == 0
+    text = capsys.readouterr().out
+    for fragment in ("healthy", "n/a", "every layer is faulty", "28 layers", "sd of the paired"):
+        assert fragment in text
+    assert list(tmp_path.iterdir()) == [tmp_path / "demo.yaml"]
