@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from aqn_tune.confirm.runner import run_confirm
+from aqn_tune.errors import UserError
 from aqn_tune.ledger import Ledger
 from aqn_tune.ledger.rows import Audit, EvaluationRow, FaultMeasure, TrainingRow
 from aqn_tune.search.cluster import ray_session
@@ -58,6 +59,8 @@ class Behaviour(NamedTuple):
     """Only packs whose name starts with it kill their worker."""
     raise_in: str = "-"
     """Packs whose name starts with it raise."""
+    user_error: str = ""
+    """Every pack raises a UserError with this text."""
     vandal: bool = False
     """Write into the base arrays."""
     flag: str = ""
@@ -99,6 +102,8 @@ class Synthetic:
         behave = self.behaviour
         if self.pack.name.startswith(behave.raise_in):
             raise RuntimeError("no such kernel")
+        if behave.user_error:
+            raise UserError(behave.user_error)
         if behave.vandal:
             self.base["weight"][0] = 1.0
         if behave.sleep:
@@ -190,7 +195,9 @@ def objective(run: Run, step: int, to: Condition, behaviour: Behaviour) -> float
     """Return the loss of a run: falls from 3 towards 1, plus the damage of the fault that is left."""
     progress = step / run.training.steps
     seed_effect = 0.05 * _normal(run.seed, "seed") * progress
-    own = behaviour.noise_sd * progress * _normal(run.seed, _digest(run), step, to.name, to.scenario)
+    own = (
+        behaviour.noise_sd * progress * _normal(run.seed, _digest(run), step, to.name, to.scenario)
+    )
     clean = 1.0 + 2.0 * math.exp(-3.0 * progress) + behaviour.late * progress
     if to.name == "clean":
         return clean + seed_effect + own
@@ -198,7 +205,9 @@ def objective(run: Run, step: int, to: Condition, behaviour: Behaviour) -> float
     damage = sum(2.0 * float(getattr(fault, "threshold", 0.1)) for fault in to.faults)
     if run.faults:
         damage *= 0.6
-    relief = behaviour.effect * _share_on_fault(run, to) * progress * (1.0 - abs(_sigma(run) - 0.05))
+    relief = (
+        behaviour.effect * _share_on_fault(run, to) * progress * (1.0 - abs(_sigma(run) - 0.05))
+    )
     return clean + seed_effect + own + damage - relief + offset
 
 
@@ -255,7 +264,9 @@ def make_study(output: Path | str, **changes: Any) -> Study:
     return Study.model_validate(spec)
 
 
-def make_scenarios(study: Study, thresholds: tuple[float, ...] = (0.1, 0.3)) -> tuple[Scenario, ...]:
+def make_scenarios(
+    study: Study, thresholds: tuple[float, ...] = (0.1, 0.3)
+) -> tuple[Scenario, ...]:
     """Return one scenario per threshold."""
     made = []
     for threshold in thresholds:
@@ -277,7 +288,9 @@ def ray_two() -> Iterator[None]:
         yield
 
 
-def inline(work: Work, *, setting: Setting, engine: Engine, folder: StudyFolder, **rest: Any) -> None:
+def inline(
+    work: Work, *, setting: Setting, engine: Engine, folder: StudyFolder, **rest: Any
+) -> None:
     """Stand in for `aqn_tune.search.execute.execute`: one worker, in this process, without Ray."""
     base = engine.load_base(setting)
     while (pack := work.next_pack()) is not None:

@@ -12,15 +12,21 @@ X = torch.tensor([[[1.0, -2.0, 0.5, 4.0], [0.1, -0.2, 0.3, 10.0]]])  # [1, 2, 4]
 ALL = torch.ones(1, 2, 1, dtype=torch.bool)
 
 
-def apply(fault: FaultSpec, x: torch.Tensor, valid: torch.Tensor | None = None, **params: list[float]) -> Faulted:
+def apply(
+    fault: FaultSpec, x: torch.Tensor, valid: torch.Tensor | None = None, **params: list[float]
+) -> Faulted:
     valid = torch.ones(*x.shape[:2], 1, dtype=torch.bool) if valid is None else valid
     values = {
-        name: torch.tensor(params.get(name, [getattr(fault, name)] * x.shape[0]), dtype=torch.float64)
+        name: torch.tensor(
+            params.get(name, [getattr(fault, name)] * x.shape[0]), dtype=torch.float64
+        )
         for name in fault.per_replica
     }
     shaped = {name: value.view(-1, 1, 1) for name, value in values.items()}
     generator = torch.Generator().manual_seed(1)
-    return fault.apply(x, shaped, valid, lambda: torch.randn(x.shape, generator=generator).to(x.dtype))
+    return fault.apply(
+        x, shaped, valid, lambda: torch.randn(x.shape, generator=generator).to(x.dtype)
+    )
 
 
 @pytest.mark.parametrize(
@@ -37,7 +43,9 @@ def apply(fault: FaultSpec, x: torch.Tensor, valid: torch.Tensor | None = None, 
         ("quantile", 0.0, X[0].tolist()),
     ],
 )
-def test_dead_zone_known_answers(reference: str, threshold: float, expected: list[list[float]]) -> None:
+def test_dead_zone_known_answers(
+    reference: str, threshold: float, expected: list[list[float]]
+) -> None:
     fault = DeadZone(layers=(0,), threshold=threshold, reference=reference)
     assert torch.equal(apply(fault, X).values[0], torch.tensor(expected))
 
@@ -90,12 +98,14 @@ def test_the_off_value_changes_no_bit_and_replicas_do_not_touch(kind: str) -> No
     for reference in references:
         extra = {"reference": reference} if reference else {}
         fault = FAULTS[kind].model_validate({"layers": [0], **required, **extra})
-        (name, off), = fault.per_replica.items()
+        ((name, off),) = fault.per_replica.items()
         on = getattr(fault, name)
         together = apply(fault, x, **{name: [off, on, on]})
         assert torch.equal(together.values[0], x[0])
         assert int(together.affected[0].sum()) == 0
         calm = x.clone()
         calm[2] /= 1000
-        assert torch.equal(apply(fault, calm, **{name: [off, on, on]}).values[1], together.values[1])
+        assert torch.equal(
+            apply(fault, calm, **{name: [off, on, on]}).values[1], together.values[1]
+        )
         assert not torch.equal(together.values[1], x[1])

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny import CLEAN, LAYERS, noise, one_pack, save_tiny_model, tiny_setting, tiny_training
 
 from aqn_tune.errors import UserError
 from aqn_tune.faults import DeadZone, RelativeGaussian
@@ -19,6 +18,7 @@ from aqn_tune.study.runs import Condition, Run
 from aqn_tune.training import evaluate as evaluate_module
 from aqn_tune.training.engine import ENGINE
 from aqn_tune.training.streams import KeyedNormal
+from tests.tiny import CLEAN, LAYERS, noise, one_pack, save_tiny_model, tiny_setting, tiny_training
 
 torch.set_num_threads(1)
 TRAINING = tiny_training()
@@ -74,7 +74,10 @@ def hidden_after(model, layer: int, injection: Injection | None) -> torch.Tensor
             RelativeGaussian(layers=(0,), modules=("*down_proj", "self_attn.q_proj")),
             ["model.layers.0.mlp.down_proj", "model.layers.0.self_attn.q_proj"],
         ),
-        (RelativeGaussian(layers=(2,), modules=("model.layers.2.mlp.up_proj",)), ["model.layers.2.mlp.up_proj"]),
+        (
+            RelativeGaussian(layers=(2,), modules=("model.layers.2.mlp.up_proj",)),
+            ["model.layers.2.mlp.up_proj"],
+        ),
         (RelativeGaussian(layers=(0,), modules=("*_proj",), exclude=("*mlp*",)), 4),
         (RelativeGaussian(layers="all"), 7 * LAYERS),
     ],
@@ -91,7 +94,10 @@ def test_addresses(model, fault, expected) -> None:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (RelativeGaussian(layers=(0,), modules=("self_attn.q_prj",)), r"did you mean 'self_attn.q_proj'"),
+        (
+            RelativeGaussian(layers=(0,), modules=("self_attn.q_prj",)),
+            r"did you mean 'self_attn.q_proj'",
+        ),
         (RelativeGaussian(layers=(LAYERS,)), r"there is no layer 4 of 4; allowed are 0 to 3"),
         (RelativeGaussian(layers=(0,), modules=("lm_head",)), r"matches nothing in layer 0"),
     ],
@@ -189,14 +195,20 @@ def advance(folder: Path, run: Run):
 def test_realised_noise_equals_the_schedule_at_every_step(
     folder: Path, carrier: str, targeting: str
 ) -> None:
-    policy = {"carrier": carrier, "targeting": targeting, "schedule": {"kind": "geometric", "stages": 5}}
+    policy = {
+        "carrier": carrier,
+        "targeting": targeting,
+        "schedule": {"kind": "geometric", "stages": 5},
+    }
     run = run_of(policy)
     (row,) = advance(folder, run).trainings
     assert row.status == "finished", row.error
     layers = [k for k, m in enumerate(run.noise.multipliers) if m]
     assert [measure.layer for measure in row.audit.noise] == layers
     for measure in row.audit.noise:
-        assert measure.realised == pytest.approx(measure.scheduled, rel=6 / (2 * measure.draws) ** 0.5)
+        assert measure.realised == pytest.approx(
+            measure.scheduled, rel=6 / (2 * measure.draws) ** 0.5
+        )
     per_layer = 1 if carrier == "hidden" else 2
     assert row.audit.noise_calls == 5 * len(layers) * per_layer
     assert row.audit.fault_calls == 6
@@ -234,7 +246,9 @@ def test_noise_that_is_not_what_was_scheduled_fails_the_training(
     assert report.evaluations == ()
 
 
-def test_noise_that_is_skipped_fails_the_training(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_noise_that_is_skipped_fails_the_training(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Noise hooked nowhere: the count of injections differs from the count declared."""
     monkeypatch.setattr(Injection, "_add_noise", lambda self, site, slot, x: x)
     (row,) = advance(folder, run_of({"targeting": "global"})).trainings

@@ -10,7 +10,15 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
-from synthetic import LAYERS, SPACE, Behaviour, make_scenarios, make_setting, make_study, search_inline
+from synthetic import (
+    LAYERS,
+    SPACE,
+    Behaviour,
+    make_scenarios,
+    make_setting,
+    make_study,
+    search_inline,
+)
 
 from aqn_tune.errors import UserError
 from aqn_tune.ledger.rows import SearchRow
@@ -47,17 +55,13 @@ def test_rungs_are_increasing_steps_that_end_at_the_last(
 
 
 def _ask(history: list[ConfigRecord], scenario: str = "s", seed: int = 1) -> dict[str, object]:
-    return dict(
-        propose(SPACE_SPEC, history, study_seed=seed, scenario=scenario, startup_configs=3)
-    )
+    return dict(propose(SPACE_SPEC, history, study_seed=seed, scenario=scenario, startup_configs=3))
 
 
 def _history(count: int) -> list[ConfigRecord]:
     records: list[ConfigRecord] = []
     for number in range(count):
-        params = propose(
-            SPACE_SPEC, records, study_seed=1, scenario="s", startup_configs=3
-        )
+        params = propose(SPACE_SPEC, records, study_seed=1, scenario="s", startup_configs=3)
         value = float(params["sigma_start"])
         records.append(ConfigRecord(f"c{number:03d}", number, params, [value, value], "finished"))
     return records
@@ -227,7 +231,12 @@ def test_search_and_confirm_seeds_are_disjoint(tmp_path: Path) -> None:
     assert len(seeds["confirm"]) == 6
     assert not seeds["search"] & seeds["confirm"]
     pools = [
-        {replicate_seed(s, stage, i, generation=g) for s in range(40) for i in range(20) for g in (0, 1)}
+        {
+            replicate_seed(s, stage, i, generation=g)
+            for s in range(40)
+            for i in range(20)
+            for g in (0, 1)
+        }
         for stage in ("search", "confirm")
     ]
     assert not pools[0] & pools[1]

@@ -40,7 +40,9 @@ SMALL: dict[str, Any] = {"configs": 4, "rungs": (0.25, 1.0)}
 
 
 def search(
-    study: Study, behaviour: Behaviour = Behaviour(), **more: Any  # noqa: B008
+    study: Study,
+    behaviour: Behaviour = Behaviour(),
+    **more: Any,  # noqa: B008
 ) -> tuple[StudyFolder, Ledger]:
     """Run a search under Ray."""
     folder = study_folder(study)
@@ -148,7 +150,11 @@ def test_what_diverges_stops_at_the_first_rung_and_is_failed(ray_two: None, tmp_
             if (r.scenario, r.config, r.event) == (scenario, config, "rung")
         ]
         assert rungs == [(0, None)]
-        keys = [c.training_key for c in ledger.cells.values() if (c.scenario, c.config) == (scenario, config)]
+        keys = [
+            c.training_key
+            for c in ledger.cells.values()
+            if (c.scenario, c.config) == (scenario, config)
+        ]
         assert {ledger.trainings[key].status for key in keys} == {"failed"}
         assert not [key for key in ledger.evaluations if key[0] in keys]
     for scenario in make_scenarios(study):
@@ -158,9 +164,7 @@ def test_what_diverges_stops_at_the_first_rung_and_is_failed(ray_two: None, tmp_
     assert work_of(study, folder).tally().left == 0
 
 
-def test_a_worker_that_dies_once_costs_no_number(
-    serial: Serial, tmp_path: Path
-) -> None:
+def test_a_worker_that_dies_once_costs_no_number(serial: Serial, tmp_path: Path) -> None:
     study, folder, *_ = serial
     again = study.model_copy(update={"output": str(tmp_path / "out")})
     log, flag = tmp_path / "log", tmp_path / "died"
@@ -212,32 +216,14 @@ def test_the_base_arrays_are_shared_and_read_only(ray_two: None, tmp_path: Path)
     }
 
 
-def test_a_user_error_of_a_worker_ends_the_search(
-    ray_two: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_user_error_of_a_worker_ends_the_search(ray_two: None, tmp_path: Path) -> None:
     study = make_study(tmp_path, search=SMALL)
-    made = engine()._replace(open_pack=_no_data)
-    with pytest.raises(UserError, match=r"no such file: train\.jsonl"):
-        run_search(
-            study,
-            make_setting(study),
-            make_scenarios(study),
-            study_folder(study),
-            layer_count=LAYERS,
-            engine=made,
-        )
+    with pytest.raises(UserError, match=r"^no such file: train\.jsonl$"):
+        search(study, Behaviour(user_error="no such file: train.jsonl"))
     assert not Ledger(study_folder(study).ledger).trainings
 
 
-def _no_data(*_: Any) -> Any:
-    from aqn_tune.errors import UserError
-
-    raise UserError("no such file: train.jsonl")
-
-
-def test_an_engine_that_no_worker_can_load_ends_the_search(
-    ray_two: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_that_no_worker_can_load_ends_the_search(ray_two: None, tmp_path: Path) -> None:
     study = make_study(tmp_path, search=SMALL, compute={"workers": 1, "max_failures": 0})
     made = engine()._replace(open_pack=_Unloadable())
     with pytest.raises(RuntimeError, match="a worker cannot start"):
@@ -260,7 +246,10 @@ class _Unloadable:
 
 
 def test_a_relative_output_folder_works_and_nothing_is_printed(
-    ray_two: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ray_two: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     study = make_study("runs", search=SMALL)
@@ -291,6 +280,7 @@ import sys
 sys.path.insert(0, {tests!r})
 from synthetic import *
 from aqn_tune.errors import Interrupted
+from aqn_tune.study.folder import study_folder
 study = make_study({out!r}, search={{"configs": 5}})
 try:
     run_search(study, make_setting(study), make_scenarios(study), study_folder(study),
@@ -304,10 +294,17 @@ except Interrupted as error:
 def start_driver(out: Path, *, sleep: float) -> subprocess.Popen[str]:
     """Start a search in a process of its own."""
     code = DRIVER.format(
-        tests=str(Path(__file__).parent), out=str(out), sleep=sleep, log=str(out.with_suffix(".log"))
-    ).replace("study_folder(study)", "__import__('aqn_tune.study.folder').study.folder.study_folder(study)")
+        tests=str(Path(__file__).parent),
+        out=str(out),
+        sleep=sleep,
+        log=str(out.with_suffix(".log")),
+    )
     return subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -347,7 +344,10 @@ def test_a_signal_ends_the_search_in_order(ray_two: None, tmp_path: Path, number
     folder = study_folder(study)
     driver = start_driver(tmp_path / "out", sleep=0.15)
     wait_for(folder, '"event": "rung"', 2, driver)
-    driver.send_signal(number)
+    if number == signal.SIGINT:
+        os.killpg(driver.pid, number)  # a terminal sends it to the workers, too
+    else:
+        driver.send_signal(number)
     out, err = driver.communicate(timeout=60)
     assert driver.returncode == 130
     assert out.startswith("interrupted: the search was interrupted")

@@ -306,19 +306,27 @@ def test_another_pack_may_round_differently_and_the_first_holds(reported: Report
     first = next(r for r in rows if isinstance(r, EvaluationRow))
     other = _pack(study, "both-threshold0.1-c003", size=1)
     recorder.report(other, [first.model_copy(update={"loss": (first.loss or 0) + 1e-7})])
-    held = recorder.ledger.evaluation(first.training_key, 5, first.condition, first.scenario, "validation")
+    held = recorder.ledger.evaluation(
+        first.training_key, 5, first.condition, first.scenario, "validation"
+    )
     assert held == first
 
 
 def test_the_untrained_base_is_no_state_of_the_clean_training(reported: Reported) -> None:
     """Its last rung is its first: it may call the training finished, which is not trained at all."""
     study, recorder, pack, rows = reported
-    base = pack.model_copy(update={"name": "base", "rungs": (0,), "runs": _pack(study, size=3).runs[2:]})
+    base = pack.model_copy(
+        update={"name": "base", "rungs": (0,), "runs": _pack(study, size=3).runs[2:]}
+    )
     training = next(r for r in rows if isinstance(r, TrainingRow))
     key = base.runs[0].training_key(make_setting(study))
     recorder.report(
         base,
-        [training.model_copy(update={"training_key": key, "status": "finished", "step_reached": 0})],
+        [
+            training.model_copy(
+                update={"training_key": key, "status": "finished", "step_reached": 0}
+            )
+        ],
     )
     assert key not in recorder.ledger.trainings
 

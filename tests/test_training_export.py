@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny import CLEAN, one_pack, save_tiny_model, tiny_setting, tiny_training
 
 from aqn_tune.models.load import build_model, load_tokenizer
 from aqn_tune.study.runs import Run
 from aqn_tune.training.data import load_tokens
 from aqn_tune.training.engine import ENGINE
+from tests.tiny import CLEAN, one_pack, save_tiny_model, tiny_setting, tiny_training
 
 torch.set_num_threads(1)
 
@@ -36,7 +36,9 @@ def plain_loss(model, tokens) -> float:
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_export_reproduces_the_recorded_clean_loss(folder: Path, tmp_path: Path, method: str) -> None:
+def test_export_reproduces_the_recorded_clean_loss(
+    folder: Path, tmp_path: Path, method: str
+) -> None:
     setting = tiny_setting(folder)
     changes = {"method": {"kind": "full"}, "learning_rate": 1e-3} if method == "full" else {}
     run = Run(training=tiny_training(**changes), seed=2, conditions=(CLEAN,))

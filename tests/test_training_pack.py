@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny import CLEAN, LAYERS, noise, one_pack, save_tiny_model, tiny_setting, tiny_training
 
 from aqn_tune.faults import DeadZone, RelativeGaussian
 from aqn_tune.models.load import base_arrays, build_model, decoder_layers, load_tokenizer
@@ -17,6 +16,7 @@ from aqn_tune.training.data import load_tokens
 from aqn_tune.training.engine import ENGINE
 from aqn_tune.training.learning_rate import learning_rate
 from aqn_tune.training.pack import ReplicaPack
+from tests.tiny import CLEAN, LAYERS, noise, one_pack, save_tiny_model, tiny_setting, tiny_training
 
 torch.set_num_threads(1)
 
@@ -50,8 +50,16 @@ def mixed_runs() -> list[Run]:
         run(4, policy={"targeting": "targeted"}),
         run(4, faults=(harsher,), policy={"targeting": "healthy", "normalise": "energy"}),
         run(6, faults=(elsewhere,), learning_rate=1e-3),
-        run(6, policy={"carrier": "rmsnorm_weight", "targeting": {"kind": "window", "centre": 2, "width": 2}}),
-        run(6, faults=(FAULT, noisy_unit), policy={"schedule": {"kind": "constant", "sigma": 0.02}}),
+        run(
+            6,
+            policy={
+                "carrier": "rmsnorm_weight",
+                "targeting": {"kind": "window", "centre": 2, "width": 2},
+            },
+        ),
+        run(
+            6, faults=(FAULT, noisy_unit), policy={"schedule": {"kind": "constant", "sigma": 0.02}}
+        ),
     ]
 
 
@@ -94,7 +102,7 @@ def test_a_diverging_neighbour_fails_alone(folder: Path) -> None:
     assert pack.train_losses[1] == train(folder, [run]).train_losses[0]
 
 
-def true_float64_rmsnorm(self, hidden_states):  # noqa: ANN001, ANN201
+def true_float64_rmsnorm(self, hidden_states):
     """Qwen2RMSNorm without its cast to float32, which would hide or invent errors of 1e-8."""
     variance = hidden_states.pow(2).mean(-1, keepdim=True)
     return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon))
@@ -108,10 +116,14 @@ def oracle_losses(folder: Path, run: Run, steps: int) -> list[float]:
     tokenizer = load_tokenizer(setting.model)
     spec = run.training
     config = LoraConfig(
-        r=spec.method.rank, lora_alpha=spec.method.alpha, target_modules=list(spec.method.target_modules)
+        r=spec.method.rank,
+        lora_alpha=spec.method.alpha,
+        target_modules=list(spec.method.target_modules),
     )
     with torch.random.fork_rng():
-        model = get_peft_model(build_model(setting.model), config, autocast_adapter_dtype=False).double()
+        model = get_peft_model(
+            build_model(setting.model), config, autocast_adapter_dtype=False
+        ).double()
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
             site = name.removeprefix("base_model.model.").removesuffix(".lora_A.default.weight")
@@ -163,7 +175,9 @@ def oracle_losses(folder: Path, run: Run, steps: int) -> list[float]:
         state["step"] = step
         batch = [rows[i] for i in order[step * spec.batch_size : (step + 1) * spec.batch_size]]
         prompts = [f"Question: {row.question}\nAnswer:" for row in batch]
-        texts = [f"{p} {row.answer}{tokenizer.eos_token}" for p, row in zip(prompts, batch, strict=True)]
+        texts = [
+            f"{p} {row.answer}{tokenizer.eos_token}" for p, row in zip(prompts, batch, strict=True)
+        ]
         encoded = tokenizer(texts, padding="max_length", max_length=width, return_tensors="pt")
         labels = encoded["input_ids"].clone()
         for i, text in enumerate(prompts):
@@ -246,7 +260,9 @@ def test_full_fine_tuning_replicates_are_separate_and_leave_the_base_alone(folde
     assert len(set(losses.values())) == 4
     for run in runs:
         alone = ENGINE.open_pack(one_pack(run, rungs=(6,)), setting, base).advance()
-        assert {(e.training_key, e.condition): e.loss for e in alone.evaluations}.items() <= losses.items()
+        assert {
+            (e.training_key, e.condition): e.loss for e in alone.evaluations
+        }.items() <= losses.items()
     for name, array in base.items():
         assert (array == before[name]).all()
     assert report.trainings[0].audit.trainable_parameters == sum(a.size for a in base.values())

@@ -37,7 +37,9 @@ class LockedArm(Spec):
 
     scenario: str = Field(description="The scenario.")
     arm: str = Field(description="Name of the arm.")
-    training_keys: tuple[str, ...] = Field(description="Its trainings, one per seed, in their order.")
+    training_keys: tuple[str, ...] = Field(
+        description="Its trainings, one per seed, in their order."
+    )
 
 
 class MissingArm(Spec):
@@ -67,7 +69,9 @@ class ConfirmLock(Spec):
     )
     alpha: float = Field(description="Familywise error rate.")
     power: float = Field(description="Power at which detectable effects are stated.")
-    margin_fraction: float = Field(description="Smallest difference worth acting on, as a share of G.")
+    margin_fraction: float = Field(
+        description="Smallest difference worth acting on, as a share of G."
+    )
     gain: float | None = Field(
         description="G in the search (validation): clean loss of the untrained base less that of the "
         "clean arm; null without a search."
@@ -78,7 +82,6 @@ class ConfirmLock(Spec):
     version: str = Field(description="Version of aqn_tune.")
     code: str = Field(description="Hash of the code of aqn_tune.")
     created: str = Field(description="When it was written (UTC, ISO 8601).")
-
 
     def identity(self) -> str:
         """Return the hash of what is locked; equal for two locks that differ in their time only."""

@@ -129,7 +129,9 @@ def search_gain(ledger: Ledger, study: Study) -> float | None:
         for row in ledger.cells.values()
         if row.stage == "search" and row.arm == "clean"
     ]
-    trained = [ledger.evaluation(key, study.training.steps, "clean", "", "validation") for key in keys]
+    trained = [
+        ledger.evaluation(key, study.training.steps, "clean", "", "validation") for key in keys
+    ]
     base = [ledger.evaluation(key, 0, "clean", "", "validation") for key in keys]
     before = [row.loss for row in base if row is not None and row.loss is not None]
     after = [row.loss for row in trained if row is not None and row.loss is not None]

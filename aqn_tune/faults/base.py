@@ -33,12 +33,15 @@ class FaultSpec(Spec):
     One subclass per kind, in a file of its own; the file imports torch only inside `apply`.
     """
 
+    kind: str = Field(description="Kind of the fault.")
     modules: tuple[str, ...] = Field(
         (".",),
         description="Globs over module names, inside a decoder layer ('.' is the layer itself) or whole.",
     )
     layers: Layers = Field(description="Decoder layers that hold the faulty unit.")
-    site: Site = Field("output", description="Whether the fault acts on a module's input or output.")
+    site: Site = Field(
+        "output", description="Whether the fault acts on a module's input or output."
+    )
     exclude: tuple[str, ...] = Field(
         (), description="Globs of modules to leave out, beside lm_head, embeddings and adapters."
     )

@@ -30,10 +30,11 @@ class DeadZone(FaultSpec):
     )
     reference: Reference = Field(
         "token_max",
-        description="r(x): token_max, tensor_max, rms, absolute (1), or quantile (threshold is the zeroed fraction).",
+        description="r(x): token_max, tensor_max, rms, absolute (1), quantile (threshold: zeroed fraction).",
     )
     ste: bool = Field(
-        False, description="Pass the gradient straight through instead of masking it where values died."
+        False,
+        description="Pass the gradient straight through instead of masking it where values died.",
     )
 
     per_replica: ClassVar[dict[str, float]] = {"threshold": 0.0}

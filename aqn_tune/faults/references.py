@@ -29,7 +29,11 @@ def reference_magnitude(reference: Reference, x: Tensor, valid: Tensor) -> Tenso
         if reference == "token_max":
             return magnitude.amax(dim=2, keepdim=True)
         if reference == "tensor_max":
-            return magnitude.amax(dim=2, keepdim=True).masked_fill(~valid, 0.0).amax(dim=1, keepdim=True)
+            return (
+                magnitude.amax(dim=2, keepdim=True)
+                .masked_fill(~valid, 0.0)
+                .amax(dim=1, keepdim=True)
+            )
         if reference == "rms":
             return x.detach().square().mean(dim=2, keepdim=True).sqrt()
         return torch.ones((1, 1, 1), dtype=x.dtype, device=x.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -110,9 +111,7 @@ class Injection:
 
     # -- one pass ----------------------------------------------------------------------------------
 
-    def begin(
-        self, valid: Tensor, *, step: int = 0, audited: frozenset[int] = frozenset()
-    ) -> None:
+    def begin(self, valid: Tensor, *, step: int = 0, audited: frozenset[int] = frozenset()) -> None:
         """Set up the next forward pass.
 
         Args:
@@ -151,12 +150,16 @@ class Injection:
             )
         if weight:
             self._handles.append(
-                module.register_forward_pre_hook(lambda m, args: self._shadow(site, weight, m, args))
+                module.register_forward_pre_hook(
+                    lambda m, args: self._shadow(site, weight, m, args)
+                )
             )
             self._handles.append(module.register_forward_hook(_unshadow, always_call=True))
         if hidden or site.output_faults:
             self._handles.append(
-                module.register_forward_hook(lambda m, args, out: self._on_output(site, hidden, out))
+                module.register_forward_hook(
+                    lambda m, args, out: self._on_output(site, hidden, out)
+                )
             )
 
     # -- what happens at a site --------------------------------------------------------------------
@@ -214,9 +217,8 @@ class Injection:
             active = torch.nonzero(slot.active).flatten().tolist()
             path = ("fault", site.address.name, slot.key)
             params = {name: value.to(x.device) for name, value in slot.params.items()}
-            result = slot.spec.apply(
-                folded, params, self._valid, lambda a=active, f=folded, p=path: self._normal(a, f, p)
-            )
+            normal = partial(self._normal, active, folded, path)
+            result = slot.spec.apply(folded, params, self._valid, normal)
             tally.calls += slot.active
             if self._measure:
                 tally.add(folded.detach(), result.values.detach(), result.affected, self._valid)

@@ -17,7 +17,9 @@ class FaultMeasure(Spec):
     kind: str = Field(description="Kind of the fault.")
     calls: int = Field(description="Forward calls in which the fault acted.")
     sites: int = Field(description="Modules that hold the fault.")
-    affected_fraction: float = Field(description="Share of the values that the unit changed, padding excluded.")
+    affected_fraction: float = Field(
+        description="Share of the values that the unit changed, padding excluded."
+    )
     relative_error: float | None = Field(
         description="||delta|| / ||x|| over all calls; null when not finite."
     )
@@ -34,9 +36,15 @@ class EvaluationRow(Spec):
     scenario: str = Field("", description="Scenario whose faults acted; empty for clean.")
     split: Split = Field(description="validation (search) or test (confirm).")
     rows: int = Field(description="Rows evaluated.")
-    loss: float | None = Field(description="Answer cross-entropy, nats per answer token; null when not finite.")
-    exact_match: float = Field(description="Share of rows whose whole answer is predicted, teacher-forced.")
-    faults: tuple[FaultMeasure, ...] = Field((), description="What each fault did; empty when clean.")
+    loss: float | None = Field(
+        description="Answer cross-entropy, nats per answer token; null when not finite."
+    )
+    exact_match: float = Field(
+        description="Share of rows whose whole answer is predicted, teacher-forced."
+    )
+    faults: tuple[FaultMeasure, ...] = Field(
+        (), description="What each fault did; empty when clean."
+    )
 
 
 class NoiseMeasure(Spec):
@@ -81,8 +89,12 @@ class TrainingRow(Spec):
     )
     pack: str = Field(description="Pack it ran in.")
     pack_size: int = Field(description="Replicates in that pack.")
-    train_losses: tuple[float, ...] = Field((), description="Training loss at each step since the last row.")
-    audit: Audit | None = Field(None, description="What was attached and injected; null when it failed.")
+    train_losses: tuple[float, ...] = Field(
+        (), description="Training loss at each step since the last row."
+    )
+    audit: Audit | None = Field(
+        None, description="What was attached and injected; null when it failed."
+    )
     adapter: str = Field("", description="Exported adapter folder, relative to the study's.")
 
 
@@ -105,7 +117,9 @@ class SearchRow(Spec):
 
     kind: Literal["search"] = "search"
     scenario: str = Field(description="Scenario whose search it belongs to.")
-    event: Literal["asked", "rung", "finished", "stopped", "failed"] = Field(description="What happened.")
+    event: Literal["asked", "rung", "finished", "stopped", "failed"] = Field(
+        description="What happened."
+    )
     config: str = Field(description="Config id.")
     number: int = Field(description="Trial number in the scenario's Optuna study.")
     params: dict[str, float | int | str | bool] = Field(
@@ -113,7 +127,8 @@ class SearchRow(Spec):
     )
     rung: int = Field(-1, description="Index of the rung (rung).")
     value: float | None = Field(
-        None, description="Mean faulty validation loss over the replicates (rung); null when not finite."
+        None,
+        description="Mean faulty validation loss over the replicates (rung); null when not finite.",
     )
     error: str = Field("", description="Why it failed (failed).")
 

@@ -201,15 +201,9 @@ class TensorBoardWriter:
         if len(keys) != self._replicates[line.stage]:
             return
         rows = [self._trainings.get(key) for key in keys.values()]
-        states = [row.status if row else "" for row in rows]
-        failed = [bool(row) and row.status == "failed" for row in rows if row]
-        if all(state == "finished" for state in states):
-            self._end(line, Status.SUCCESS)
-        elif any(failed) and all(
-            state == "finished" or (row and row.status == "failed")
-            for state, row in zip(states, rows, strict=True)
-        ):
-            self._end(line, Status.FAILURE)
+        states = {row.status if row else "unfinished" for row in rows}
+        if "unfinished" not in states:
+            self._end(line, Status.FAILURE if "failed" in states else Status.SUCCESS)
 
     def _end(self, line: _Line, status: Status) -> None:
         if line in self._ended:

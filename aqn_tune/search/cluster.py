@@ -11,10 +11,9 @@ from pathlib import Path
 from aqn_tune.errors import UserError
 from aqn_tune.study.schema import ComputeSpec
 
-_ONE_THREAD = {
-    name: "1"
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-}
+_ONE_THREAD = dict.fromkeys(
+    ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1"
+)
 WORKER_ENV = {**_ONE_THREAD, "TOKENIZERS_PARALLELISM": "false"}
 """Environment of every worker. One thread: several packs share a machine, and numbers must not depend
 on how many cores it has."""

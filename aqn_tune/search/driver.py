@@ -6,6 +6,7 @@ All four only pass on what happens to one `Driver`; it alone knows the work.
 from __future__ import annotations
 
 import pickle
+import re
 from typing import Any
 
 from ray.tune import Callback, Stopper
@@ -17,6 +18,8 @@ from aqn_tune.search.progress import ProgressMeter
 from aqn_tune.search.trainable import report_of
 from aqn_tune.search.work import Work
 from aqn_tune.study.runs import Pack
+
+_COLOUR = re.compile(r"\x1b\[\d*m")
 
 
 class Driver:
@@ -184,7 +187,7 @@ def _cause(trial: Any) -> str:
     """Return what Ray recorded last for a trial, on one line."""
     with open(trial.error_file, encoding="utf-8") as file:
         text = file.read().split("Failure # ")[-1]
-    lines = [line.strip() for line in text.splitlines()[1:] if line.strip()]
+    lines = [_COLOUR.sub("", line).strip() for line in text.splitlines()[1:] if line.strip()]
     if not lines:
         return "unknown"
     return lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"

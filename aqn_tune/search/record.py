@@ -102,9 +102,12 @@ class Recorder:
     def _training(self, pack: Pack, row: TrainingRow, new: list[LedgerRow]) -> None:
         known = self.ledger.trainings.get(row.training_key)
         same_rung = self.ledger.rungs.get((row.training_key, row.step_reached))
-        if known is None or broke_off(known) or row.step_reached > known.step_reached:
-            new.append(row)
-        elif known.status == "unfinished" and row.status != "unfinished":
+        if (
+            known is None
+            or broke_off(known)
+            or row.step_reached > known.step_reached
+            or (known.status == "unfinished" and row.status != "unfinished")
+        ):
             new.append(row)
         elif same_rung is not None and self._same_pack(row.training_key, pack):
             old, again = (r.model_dump(exclude=_OF_THE_PACK) for r in (same_rung, row))

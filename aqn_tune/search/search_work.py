@@ -149,9 +149,7 @@ class SearchWork:
         try:
             cells = self._cells(scenario, config, params)
         except UserError as error:
-            failed = asked.model_copy(
-                update={"event": "failed", "params": {}, "error": str(error)}
-            )
+            failed = asked.model_copy(update={"event": "failed", "params": {}, "error": str(error)})
             self._decide(asked, failed)
             return None
         self._decide(asked)

@@ -22,9 +22,12 @@ CONTROL_NAMES: tuple[ControlName, ...] = (
 class ArmSpec(Spec):
     """A way to train: a noise policy, and what of the training it changes."""
 
-    noise: NoisePolicy | None = Field(None, description="The noise policy; null trains without noise.")
+    noise: NoisePolicy | None = Field(
+        None, description="The noise policy; null trains without noise."
+    )
     healthy_device: bool = Field(
-        False, description="Train without the scenario's faults whatever `during` says (the clean arm)."
+        False,
+        description="Train without the scenario's faults whatever `during` says (the clean arm).",
     )
     learning_rate: float | None = Field(
         None, gt=0, description="Learning rate in place of the training's own."
@@ -36,10 +39,13 @@ class ControlsSpec(Spec):
     """The arms that run in every scenario, in search and in confirmation, and are never stopped."""
 
     include: tuple[ControlName, ...] = Field(
-        CONTROL_NAMES, description="Controls to run; clean and fault_only are needed for every claim."
+        CONTROL_NAMES,
+        description="Controls to run; clean and fault_only are needed for every claim.",
     )
     carrier: Carrier = Field(Hidden(), description="Carrier of the noise in the noised controls.")
-    schedule: Schedule = Field(Geometric(), description="Schedule of the noise in the noised controls.")
+    schedule: Schedule = Field(
+        Geometric(), description="Schedule of the noise in the noised controls."
+    )
     normalise: Literal["none", "energy"] = Field(
         "none", description="energy gives every noised control the dose of global."
     )
@@ -54,7 +60,9 @@ class ControlsSpec(Spec):
     def _needed(cls, include: tuple[ControlName, ...]) -> tuple[ControlName, ...]:
         for name in ("clean", "fault_only"):
             if name not in include:
-                raise ValueError(f"the control {name!r} is missing; every claim is measured against it")
+                raise ValueError(
+                    f"the control {name!r} is missing; every claim is measured against it"
+                )
         return include
 
     def arm(self, name: ControlName) -> ArmSpec:

@@ -60,7 +60,9 @@ def training_of(study: Study, arm: ArmSpec) -> TrainingSpec:
         changes["learning_rate"] = arm.learning_rate
     if arm.rank is not None:
         if isinstance(study.training.method, Full):
-            raise UserError("rank: full fine-tuning has no rank; remove it, or train with method lora")
+            raise UserError(
+                "rank: full fine-tuning has no rank; remove it, or train with method lora"
+            )
         changes["method"] = study.training.method.model_copy(update={"rank": arm.rank})
     return study.training.model_copy(update=changes)
 
@@ -152,7 +154,9 @@ def stage_cells(
             for name, arm in {**named_arms(study), **finalist_arms(own)}.items():
                 try:
                     if arm is None:
-                        raise UserError("the finalist trains without noise, there is none to target")
+                        raise UserError(
+                            "the finalist trains without noise, there is none to target"
+                        )
                     run = resolve_run(study, scenario, arm, seed=seed, layer_count=layer_count)
                 except UserError as error:
                     if name in study.arms:
@@ -236,7 +240,9 @@ def make_packs(
         exports = {keys[id(run)]: wanted[keys[id(run)]] for run in group if keys[id(run)] in wanted}
         name = f"{prefix}{number:03d}"
         packs.append(
-            Pack(name=name, stage=stage, runs=tuple(group), rungs=rungs, split=split, export=exports)
+            Pack(
+                name=name, stage=stage, runs=tuple(group), rungs=rungs, split=split, export=exports
+            )
         )
     return tuple(packs)
 

@@ -94,4 +94,6 @@ class StudyFolder(NamedTuple):
 
 def study_folder(study: Study) -> StudyFolder:
     """Return the folder of `study`, absolute (Ray refuses relative storage); nothing is created."""
-    return StudyFolder(Path(study.output).expanduser().resolve() / f"{study.study}-{study_hash(study)[:8]}")
+    return StudyFolder(
+        Path(study.output).expanduser().resolve() / f"{study.study}-{study_hash(study)[:8]}"
+    )

@@ -21,7 +21,9 @@ def _check(value: str | tuple[int | str, ...]) -> str | tuple[int | str, ...]:
         if isinstance(item, str):
             match = _RANGE.match(item.replace(" ", ""))
             if not match or int(match[1]) > int(match[2]):
-                raise ValueError(f"got {item!r}; a range is written 'first-last', for example '14-17'")
+                raise ValueError(
+                    f"got {item!r}; a range is written 'first-last', for example '14-17'"
+                )
     return value
 
 

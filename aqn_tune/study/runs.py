@@ -24,7 +24,9 @@ TRAINING_FORMAT = 1
 class Condition(Spec):
     """What an evaluation runs under. Training noise is off in every one."""
 
-    name: ConditionName = Field(description="clean: no fault; faulty: the scenario's deployed faults.")
+    name: ConditionName = Field(
+        description="clean: no fault; faulty: the scenario's deployed faults."
+    )
     scenario: str = Field("", description="Scenario whose faults act; empty for clean.")
     faults: tuple[Fault, ...] = Field((), description="The faults that act during the evaluation.")
 
@@ -38,7 +40,9 @@ class Setting(Spec):
     task_fingerprint: str = Field(
         "", description="Content hash of the rows; empty where the task's spec determines them."
     )
-    eval_batch_size: int = Field(64, description="Rows per evaluation batch; part of a tensor_max fault.")
+    eval_batch_size: int = Field(
+        64, description="Rows per evaluation batch; part of a tensor_max fault."
+    )
 
 
 class Run(Spec):
@@ -47,7 +51,9 @@ class Run(Spec):
     training: TrainingSpec = Field(description="Method, size and optimiser.")
     faults: tuple[Fault, ...] = Field((), description="The faults that training sees.")
     noise: EffectiveNoise | None = Field(None, description="The noise that training gets.")
-    seed: int = Field(description="Replicate seed: initialisation, data order, fault and noise draws.")
+    seed: int = Field(
+        description="Replicate seed: initialisation, data order, fault and noise draws."
+    )
     conditions: tuple[Condition, ...] = Field(
         description="Conditions to evaluate at every rung; the first is clean."
     )
@@ -79,7 +85,8 @@ class Pack(Spec):
     stage: Stage = Field(description="search or confirm.")
     runs: tuple[Run, ...] = Field(min_length=1, description="Runs of equal `pack_key`.")
     rungs: tuple[int, ...] = Field(
-        min_length=1, description="Steps at which all runs are evaluated, increasing; 0 is the untrained base."
+        min_length=1,
+        description="Steps at which all runs are evaluated, increasing; 0 is the untrained base.",
     )
     split: Split = Field(description="validation in search, test in confirm.")
     export: dict[str, str] = Field(

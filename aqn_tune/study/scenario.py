@@ -21,11 +21,13 @@ class ScenarioSpec(Spec):
     """
 
     faults: tuple[Fault, ...] = Field(
-        min_length=1, description="Faults of the device, applied in this order where they share a site."
+        min_length=1,
+        description="Faults of the device, applied in this order where they share a site.",
     )
     during: During = Field(
         "both",
-        description="both: train and deploy on the faulty device; eval: train on a healthy one; train: the reverse.",
+        description="both: train and deploy on the faulty device; eval: train on a healthy one; "
+        "train: the reverse.",
     )
 
     def trained(self) -> tuple[Fault, ...]:

@@ -21,16 +21,24 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
 class SearchSpec(Spec):
     """The exploration: one Optuna study and one ASHA rung table per scenario. It makes no claims."""
 
-    space: SpaceSpec = Field(description="The search space; in YAML also the path of a file that holds it.")
-    configs: int = Field(16, ge=0, description="Configs to try per scenario, beside the controls; 0: no search.")
+    space: SpaceSpec = Field(
+        description="The search space; in YAML also the path of a file that holds it."
+    )
+    configs: int = Field(
+        16, ge=0, description="Configs to try per scenario, beside the controls; 0: no search."
+    )
     replicates: int = Field(3, ge=1, description="Search seeds per config, the same at every rung.")
     rungs: tuple[float, ...] = Field(
         (0.25, 0.5, 1.0),
         min_length=1,
         description="Shares of the steps at which ASHA decides; the last is 1.",
     )
-    reduction_factor: float = Field(2.0, gt=1, description="ASHA keeps one in this many at each rung.")
-    startup_configs: int = Field(4, ge=0, description="Configs sampled at random before TPE begins.")
+    reduction_factor: float = Field(
+        2.0, gt=1, description="ASHA keeps one in this many at each rung."
+    )
+    startup_configs: int = Field(
+        4, ge=0, description="Configs sampled at random before TPE begins."
+    )
 
     @field_validator("rungs")
     @classmethod
@@ -47,11 +55,15 @@ class ConfirmSpec(Spec):
     replicates: int = Field(
         8, ge=6, description="Fresh seeds; below 6 the exact paired test cannot reach p = 0.05."
     )
-    alpha: float = Field(0.05, gt=0, lt=0.5, description="Familywise error rate of the whole study.")
+    alpha: float = Field(
+        0.05, gt=0, lt=0.5, description="Familywise error rate of the whole study."
+    )
     margin: float = Field(
         0.05, gt=0, description="Smallest difference worth acting on, as a share of the gain G."
     )
-    power: float = Field(0.8, ge=0.5, lt=1, description="Power at which the detectable effect is stated.")
+    power: float = Field(
+        0.8, ge=0.5, lt=1, description="Power at which the detectable effect is stated."
+    )
     contrasts: tuple[tuple[str, str], ...] = Field(
         (
             ("finalist1", "finalist1_none"),
@@ -62,7 +74,9 @@ class ConfirmSpec(Spec):
         description="Primary contrasts (arm, reference) in every scenario: the declared family.",
     )
     generation: int = Field(
-        0, ge=0, description="Generation of confirm seeds; raise it to confirm afresh after seeing results."
+        0,
+        ge=0,
+        description="Generation of confirm seeds; raise it to confirm afresh after seeing results.",
     )
     export: Literal["finalists", "all", "none"] = Field(
         "finalists", description="Which confirmed adapters are exported as PEFT folders."
@@ -72,11 +86,17 @@ class ConfirmSpec(Spec):
 class ComputeSpec(Spec):
     """Where and how the work runs. Changes no number."""
 
-    workers: int | Literal["auto"] = Field("auto", description="Trials at a time; auto: one per CPU core.")
-    pack_replicas: int = Field(8, ge=1, description="Most runs that advance in lockstep in one trial.")
+    workers: int | Literal["auto"] = Field(
+        "auto", description="Trials at a time; auto: one per CPU core."
+    )
+    pack_replicas: int = Field(
+        8, ge=1, description="Most runs that advance in lockstep in one trial."
+    )
     cpus_per_worker: float = Field(1.0, gt=0, description="CPUs that Ray reserves per trial.")
     gpus_per_worker: float = Field(0.0, ge=0, description="GPUs that Ray reserves per trial.")
-    address: str | None = Field(None, description="Ray cluster to join; null starts Ray on this machine.")
+    address: str | None = Field(
+        None, description="Ray cluster to join; null starts Ray on this machine."
+    )
     max_failures: int = Field(2, ge=0, description="Times a trial is retried when its worker dies.")
 
 
@@ -109,15 +129,21 @@ class Study(Spec):
     model: ModelSpec = Field(ModelSpec(), description="The model to fine-tune.")
     task: Task = Field(WordProblems(), description="The data.")
     training: TrainingSpec = Field(TrainingSpec(), description="How every arm is trained.")
-    eval_batch_size: int = Field(64, ge=1, description="Rows per evaluation batch; part of a tensor_max fault.")
+    eval_batch_size: int = Field(
+        64, ge=1, description="Rows per evaluation batch; part of a tensor_max fault."
+    )
     scenario: ScenarioSpec = Field(description="What the hardware does.")
     sweep: dict[str, tuple[Any, ...]] = Field(
         default_factory=dict,
         description="Dotted keys of `scenario` and the values they take; every combination is a scenario.",
     )
     controls: ControlsSpec = Field(ControlsSpec(), description="Arms that always run.")
-    arms: dict[Name, ArmSpec] = Field(default_factory=dict, description="Further arms, confirmed like controls.")
-    search: SearchSpec | None = Field(None, description="The exploration; null goes straight to confirmation.")
+    arms: dict[Name, ArmSpec] = Field(
+        default_factory=dict, description="Further arms, confirmed like controls."
+    )
+    search: SearchSpec | None = Field(
+        None, description="The exploration; null goes straight to confirmation."
+    )
     confirm: ConfirmSpec = Field(ConfirmSpec(), description="The confirmation.")
     decisions: DecisionSpec | None = Field(None, description="What the verdicts mean.")
     compute: ComputeSpec = Field(ComputeSpec(), description="Where it runs; enters no identity.")
@@ -151,6 +177,6 @@ class Study(Spec):
         return (*self.controls.include, *self.arms, *finalists, *twins)
 
     def primary_contrasts(self) -> tuple[tuple[str, str], ...]:
-        """Return the declared contrasts whose arms exist in this study (a study without a search has no finalist)."""
+        """Return the declared contrasts whose arms exist: without a search there is no finalist."""
         names = set(self.arm_names())
         return tuple(pair for pair in self.confirm.contrasts if names.issuperset(pair))

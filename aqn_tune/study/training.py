@@ -16,7 +16,9 @@ class Lora(Spec):
 
     kind: Literal["lora"] = "lora"
     rank: int = Field(8, ge=1, description="Rank r of each adapter.")
-    alpha: float = Field(16.0, gt=0, description="Adapter scale: the update is multiplied by alpha / rank.")
+    alpha: float = Field(
+        16.0, gt=0, description="Adapter scale: the update is multiplied by alpha / rank."
+    )
     target_modules: tuple[str, ...] = Field(
         SEVEN_LINEARS, min_length=1, description="Names of the linear layers that get an adapter."
     )
@@ -38,12 +40,17 @@ class TrainingSpec(Spec):
     steps: int = Field(100, ge=1, description="Optimiser steps.")
     batch_size: int = Field(16, ge=1, description="Rows per optimiser step and replicate.")
     max_length: int = Field(
-        64, ge=8, description="Tokens that every row is padded to; a longer row is an error, never cut."
+        64,
+        ge=8,
+        description="Tokens that every row is padded to; a longer row is an error, never cut.",
     )
     learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate of AdamW.")
     warmup_steps: int = Field(10, ge=0, description="Steps of linear warm-up from 0.")
     final_lr_fraction: float = Field(
-        0.1, ge=0, le=1, description="Learning rate at the end of the cosine decay, as a share of the peak."
+        0.1,
+        ge=0,
+        le=1,
+        description="Learning rate at the end of the cosine decay, as a share of the peak.",
     )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of AdamW.")
     beta1: float = Field(0.9, ge=0, lt=1, description="First-moment decay of AdamW.")
@@ -55,7 +62,5 @@ class TrainingSpec(Spec):
     @model_validator(mode="after")
     def _warmup_fits(self) -> TrainingSpec:
         if self.warmup_steps >= self.steps:
-            raise ValueError(
-                f"warmup_steps {self.warmup_steps} must be below steps {self.steps}"
-            )
+            raise ValueError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}")
         return self

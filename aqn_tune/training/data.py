@@ -71,9 +71,7 @@ def answer_logits(model: torch.nn.Module, batch: TokenSet) -> Tensor:
     """
     length = batch.tokens.shape[1]
     positions = torch.arange(batch.first, length, device=batch.tokens.device)
-    logits: Tensor = model(
-        input_ids=batch.tokens, use_cache=False, logits_to_keep=positions
-    ).logits
+    logits: Tensor = model(input_ids=batch.tokens, use_cache=False, logits_to_keep=positions).logits
     return logits
 
 

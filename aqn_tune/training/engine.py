@@ -118,9 +118,7 @@ class TorchPack:
             faults=result.faults,
         )
 
-    def _training_row(
-        self, member: ReplicaPack, replica: int, key: str, step: int
-    ) -> TrainingRow:
+    def _training_row(self, member: ReplicaPack, replica: int, key: str, step: int) -> TrainingRow:
         run = member.runs[replica]
         failure = member.failures.get(replica, "")
         status = "failed" if failure else "finished" if step == run.training.steps else "unfinished"

@@ -29,7 +29,9 @@ class ReplicaLinear(nn.Module):
         scaling: alpha / r.
     """
 
-    def __init__(self, base_layer: nn.Linear, a: nn.Parameter, b: nn.Parameter, scaling: float) -> None:
+    def __init__(
+        self, base_layer: nn.Linear, a: nn.Parameter, b: nn.Parameter, scaling: float
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.lora_a = a
@@ -39,7 +41,8 @@ class ReplicaLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [F * B, T, out]."""
-        a, b = self.lora_a, self.lora_b
+        a: Tensor = self.lora_a
+        b: Tensor = self.lora_b
         if self.replica_of_fold is not None:
             a, b = a[self.replica_of_fold], b[self.replica_of_fold]
         folded = x.reshape(a.shape[0], -1, x.shape[-1])
@@ -78,7 +81,9 @@ def adapter_sites(model: nn.Module, spec: Lora) -> list[AdapterSite]:
         sites.append(AdapterSite(name, module))
     for target, count in hits.items():
         if count == 0:
-            linears = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+            linears = {
+                n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)
+            }
             raise UserError(
                 f"training.method.target_modules: {target!r} matches no module"
                 f"{nearest(target, linears)}; linear layers here: {', '.join(sorted(linears))}"
@@ -95,7 +100,9 @@ def adapter_shapes(sites: list[AdapterSite], rank: int) -> dict[str, torch.Size]
     return shapes
 
 
-def initialise_adapters(arena: Arena, sites: list[AdapterSite], rank: int, seeds: list[int]) -> None:
+def initialise_adapters(
+    arena: Arena, sites: list[AdapterSite], rank: int, seeds: list[int]
+) -> None:
     """Draw A as peft does (Kaiming uniform with a = sqrt(5), that is +-1/sqrt(in)); B stays zero.
 
     Keyed by replicate seed and module name, in float32 on the CPU.
@@ -110,7 +117,9 @@ def initialise_adapters(arena: Arena, sites: list[AdapterSite], rank: int, seeds
                 target[replica].copy_(draw.T)
 
 
-def attach_adapters(model: nn.Module, arena: Arena, sites: list[AdapterSite], spec: Lora) -> list[ReplicaLinear]:
+def attach_adapters(
+    model: nn.Module, arena: Arena, sites: list[AdapterSite], spec: Lora
+) -> list[ReplicaLinear]:
     """Put a `ReplicaLinear` in the place of every site and return them."""
     wrapped: list[ReplicaLinear] = []
     for name, layer in sites:

@@ -87,14 +87,17 @@ class ReplicaPack:
 
     def _full_arena(self, method: Full, dtype: torch.dtype) -> Arena:
         if len(self.runs) != 1:
-            raise ValueError(f"{method.kind} fine-tuning takes one run per pack, got {len(self.runs)}")
+            raise ValueError(
+                f"{method.kind} fine-tuning takes one run per pack, got {len(self.runs)}"
+            )
         parameters = dict(self.model.named_parameters())
         arena = Arena({name: p.shape for name, p in parameters.items()}, 1, dtype)
         for name, parameter in parameters.items():
             view = arena.view(arena.weights, name)[0]
             view.copy_(parameter.detach())
             parameter.data = view
-            arena.adopt(name, parameter.requires_grad_(True))
+            parameter.requires_grad_(True)
+            arena.adopt(name, parameter)
         return arena
 
     # -- training ----------------------------------------------------------------------------------
@@ -116,7 +119,7 @@ class ReplicaPack:
         )
         losses = self._replica_losses(batch)
         # A sum, not a mean: each replica's gradient must not depend on how many share the pack.
-        torch.stack(losses).sum().backward()
+        torch.autograd.backward(torch.stack(losses).sum())
         self.arena.collect_gradients()
         for replica, run in enumerate(self.runs):
             if replica in self.failures:
@@ -175,7 +178,9 @@ class ReplicaPack:
             ("noise", noise_calls, self._declared_noise_calls(run)),
         ):
             if got != wanted:
-                self._fail(replica, f"{what} audit: {wanted} injections were declared, {got} happened")
+                self._fail(
+                    replica, f"{what} audit: {wanted} injections were declared, {got} happened"
+                )
         unchanged = self._hash_frozen() == self._frozen_hash
         if not unchanged:
             self._fail(replica, "weight audit: frozen weights changed during training")

@@ -29,7 +29,9 @@ class KeyedNormal:
     def fill(self, out: Tensor, seed: int, *path: str | int) -> None:
         """Fill the contiguous float32 tensor `out` from the stream `path` under `seed`."""
         if not out.is_contiguous() or out.dtype != torch.float32:
-            raise ValueError("keyed draws go into contiguous float32 tensors: others draw other values")
+            raise ValueError(
+                "keyed draws go into contiguous float32 tensors: others draw other values"
+            )
         self._generator.manual_seed(stream_seed(seed, *path))
         torch.randn(out.shape, generator=self._generator, out=out)
 
@@ -49,7 +51,7 @@ class BatchOrder:
         position = torch.arange(step * self._batch_size, (step + 1) * self._batch_size)
         epochs = position // self._rows
         chosen = torch.empty_like(position)
-        for epoch in epochs.unique().tolist():
+        for epoch in sorted(set(epochs.tolist())):
             here = epochs == epoch
             chosen[here] = self._permutation(seed, int(epoch))[position[here] % self._rows]
         return chosen

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
+from pydantic import Field
+
 from aqn_tune.study.base import Spec
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ class Noised(NamedTuple):
 class CarrierSpec(Spec):
     """A quantity that can carry AQN. Noise is functional: nothing is ever written into a parameter."""
 
+    kind: str = Field(description="Kind of the carrier.")
     site: ClassVar[Literal["layer_output", "norm_weight"]]
     """Where the noise goes: the decoder layer's output, or the weights of its RMSNorms."""
 

@@ -20,7 +20,9 @@ class RmsnormWeight(CarrierSpec):
     """
 
     kind: Literal["rmsnorm_weight"] = "rmsnorm_weight"
-    relative: bool = Field(False, description="Scale the noise by the weight: w + sigma * abs(w) * z.")
+    relative: bool = Field(
+        False, description="Scale the noise by the weight: w + sigma * abs(w) * z."
+    )
     site: ClassVar[Literal["layer_output", "norm_weight"]] = "norm_weight"
 
     def add(self, x: Tensor, sigma: Tensor, z: Tensor) -> Noised:

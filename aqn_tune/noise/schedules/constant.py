@@ -13,7 +13,9 @@ class Constant(ScheduleSpec):
     """One sigma for the whole training, after an optional warm-up of zero."""
 
     kind: Literal["constant"] = "constant"
-    sigma: float = Field(0.05, ge=0.0, allow_inf_nan=False, description="Standard deviation of the noise.")
+    sigma: float = Field(
+        0.05, ge=0.0, allow_inf_nan=False, description="Standard deviation of the noise."
+    )
     warmup_fraction: float = Field(
         0.0, ge=0.0, lt=1.0, description="Share of the steps before the noise begins."
     )

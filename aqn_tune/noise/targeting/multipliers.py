@@ -18,15 +18,21 @@ class Multipliers(TargetingSpec):
     values: tuple[float, ...] | dict[int, float] = Field(
         description="One multiplier per layer, or a map of layer number to multiplier."
     )
-    default: float = Field(0.0, ge=0.0, description="Multiplier of layers that a map does not name.")
+    default: float = Field(
+        0.0, ge=0.0, description="Multiplier of layers that a map does not name."
+    )
 
     @field_validator("values")
     @classmethod
-    def _finite(cls, values: tuple[float, ...] | dict[int, float]) -> tuple[float, ...] | dict[int, float]:
+    def _finite(
+        cls, values: tuple[float, ...] | dict[int, float]
+    ) -> tuple[float, ...] | dict[int, float]:
         numbers = values.values() if isinstance(values, dict) else values
         for number in numbers:
             if not math.isfinite(number) or number < 0:
-                raise ValueError(f"got a multiplier of {number}; multipliers are finite and not negative")
+                raise ValueError(
+                    f"got a multiplier of {number}; multipliers are finite and not negative"
+                )
         return values
 
     def multipliers(self, layer_count: int, fault_layers: tuple[int, ...]) -> tuple[float, ...]:

@@ -50,7 +50,9 @@ class Window(TargetingSpec):
 
     kind: Literal["window"] = "window"
     centre: int = Field(ge=0, description="Layer in the middle of the window.")
-    width: int = Field(ge=1, description="Number of layers; an even width reaches one further back.")
+    width: int = Field(
+        ge=1, description="Number of layers; an even width reaches one further back."
+    )
 
     def multipliers(self, layer_count: int, fault_layers: tuple[int, ...]) -> tuple[float, ...]:
         """Return 1 inside the window; see `TargetingSpec.multipliers`."""
@@ -73,7 +75,9 @@ class Random(TargetingSpec):
 
     kind: Literal["random"] = "random"
     count: int | None = Field(
-        None, ge=1, description="Number of layers; by default as many as the scenario has fault layers."
+        None,
+        ge=1,
+        description="Number of layers; by default as many as the scenario has fault layers.",
     )
     seed: int = Field(0, description="Seed of the choice of layers.")
 
