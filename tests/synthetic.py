@@ -70,7 +70,10 @@ class Behaviour(NamedTuple):
     """Seconds per rung."""
 
 
-def engine(behaviour: Behaviour = Behaviour()) -> Engine:  # noqa: B008
+USUAL = Behaviour()
+
+
+def engine(behaviour: Behaviour = USUAL) -> Engine:
     """Return an engine that behaves like this, in any process."""
     import ray.cloudpickle
 
@@ -260,7 +263,8 @@ def make_study(output: Path | str, **changes: Any) -> Study:
         "output": str(output),
     }
     for key, value in changes.items():
-        spec[key] = {**spec[key], **value} if isinstance(spec.get(key), dict) else value
+        merge = isinstance(spec.get(key), dict) and isinstance(value, dict)
+        spec[key] = {**spec[key], **value} if merge else value
     return Study.model_validate(spec)
 
 
@@ -305,7 +309,7 @@ def search_inline(
     folder: StudyFolder,
     *,
     thresholds: tuple[float, ...] = (0.1, 0.3),
-    behaviour: Behaviour = Behaviour(),  # noqa: B008
+    behaviour: Behaviour = USUAL,
 ) -> Ledger:
     """Run the search of a study without Ray and return its ledger."""
     with pytest.MonkeyPatch.context() as patch:
@@ -326,7 +330,7 @@ def run_synthetic(
     folder: StudyFolder,
     *,
     thresholds: tuple[float, ...] = (0.1, 0.3),
-    behaviour: Behaviour = Behaviour(),  # noqa: B008
+    behaviour: Behaviour = USUAL,
 ) -> None:
     """Run search and confirmation of a study on the synthetic objective, into `folder`."""
     scenarios, setting = make_scenarios(study, thresholds), make_setting(study)

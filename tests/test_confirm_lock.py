@@ -156,7 +156,7 @@ def test_a_locked_generation_is_not_changed_or_extended(
     study, folder = done
     before = folder.lock.read_bytes(), folder.ledger.read_bytes()
     other = changed(study, **change)
-    with pytest.raises(UserError, match="raise confirm.generation to 1") as caught, \
+    with pytest.raises(UserError, match=r"raise confirm\.generation to 1") as caught, \
             pytest.MonkeyPatch.context() as patch:  # fmt: skip
         patch.setattr("test_confirm_lock.study_folder", lambda _: folder)
         confirm(other)

@@ -16,6 +16,7 @@ import optuna
 import pytest
 from synthetic import (
     LAYERS,
+    USUAL,
     Behaviour,
     engine,
     make_scenarios,
@@ -41,8 +42,8 @@ SMALL: dict[str, Any] = {"configs": 4, "rungs": (0.25, 1.0)}
 
 def search(
     study: Study,
-    behaviour: Behaviour = Behaviour(),
-    **more: Any,  # noqa: B008
+    behaviour: Behaviour = USUAL,
+    **more: Any,
 ) -> tuple[StudyFolder, Ledger]:
     """Run a search under Ray."""
     folder = study_folder(study)

@@ -77,6 +77,29 @@ def test_overrides_apply_in_order_and_reach_into_the_space(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("task.test_rows=100", "task", {"kind": "word_problems", "test_rows": 100}),
+        ("training.method.rank=4", "training.method", {"kind": "lora", "rank": 4}),
+        ("controls.schedule.stages=5", "controls.schedule", {"kind": "geometric", "stages": 5}),
+    ],
+)
+def test_part_of_a_choice_that_is_left_out_is_part_of_its_default(
+    file: Path, override: str, key: str, value: dict[str, object]
+) -> None:
+    found: Any = load_study(file, [override])
+    for name in key.split("."):
+        found = getattr(found, name)
+    assert value.items() <= found.model_dump().items()
+
+
+def test_a_choice_in_the_file_says_its_kind(file: Path) -> None:
+    file.write_text(STUDY + "task: {test_rows: 100}\n")
+    with pytest.raises(UserError, match=r"demo.yaml:14: task: the key `kind` is missing"):
+        load_study(file)
+
+
+@pytest.mark.parametrize(
     ("text", "value"),
     [
         ("1e-3", 0.001),  # text in YAML 1.1, so that a choice would hold words in place of numbers

@@ -171,7 +171,7 @@ def test_costs_are_split(samples: list[Sample], per_step: float, per_row: float)
 def test_a_finished_study_calibrates_the_next_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibrating, "REFERENCE", tmp_path / "no-reference.json")
+    monkeypatch.setattr(calibrating, "REFERENCE", tmp_path / "none.json")
     study = make_study(tmp_path)
     setting = make_setting(study)
     monkeypatch.setattr("aqn_tune.study.plan.make_setting", make_setting)
@@ -231,3 +231,14 @@ def test_a_broken_calibration_is_named(tmp_path: Path) -> None:
     file.write_text('{"machine": 3}')
     with pytest.raises(UserError, match=r"calibration\.json: not a calibration"):
         read_calibration(file)
+
+
+def test_the_embedded_model_ships_with_a_calibration(tmp_path: Path) -> None:
+    """Its fingerprint must be the shipped model's, or the file is of no use to anyone."""
+    from aqn_tune.study.loading import make_setting as real_setting
+
+    study = make_study(tmp_path, training={"steps": 100})
+    costs = find_costs(study.output, workload_of(real_setting(study), study.training), 8)
+    assert costs is not None
+    assert costs.source.startswith("measured on another machine (")
+    assert make_plan(study).estimate.seconds is not None

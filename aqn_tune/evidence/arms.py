@@ -19,7 +19,7 @@ class FaultSummary:
     kind: str
     affected_fraction: float
     """Share of the values that the fault changed."""
-    relative_error: float
+    relative_error: float | None
     """||delta|| / ||x||."""
 
 
@@ -135,7 +135,7 @@ def summarise_faults(results: Sequence[CellResult]) -> tuple[FaultSummary, ...]:
         FaultSummary(
             kind=per_seed[0].kind,
             affected_fraction=fmean(one.affected_fraction for one in per_seed),
-            relative_error=fmean(one.relative_error for one in per_seed),
+            relative_error=_mean(one.relative_error for one in per_seed),
         )
         for per_seed in zip(*measured, strict=True)
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -14,7 +15,7 @@ from aqn_tune.study.checks import check_study
 from aqn_tune.study.messages import as_user_error, located
 from aqn_tune.study.runs import Setting
 from aqn_tune.study.schema import Study
-from aqn_tune.study.source import Source, apply_override, read_source
+from aqn_tune.study.source import Source, apply_override, dotted, read_source
 from aqn_tune.study.sweep import resolve_scenarios as resolve_scenarios
 
 
@@ -27,7 +28,8 @@ def load_study(path: Path | str, overrides: Sequence[str] = ()) -> Study:
 
     Args:
         path: The YAML file.
-        overrides: `key.of.study=value` each, values read as YAML, applied in order.
+        overrides: `key.of.study=value` each, values read as YAML, applied in order. An override
+            of part of a choice that the file leaves out (`task.test_rows=100`) is of its default.
 
     Raises:
         UserError: Anything wrong with the study, one line per problem: file, line, dotted key, what
@@ -37,6 +39,7 @@ def load_study(path: Path | str, overrides: Sequence[str] = ()) -> Study:
     source = _with_space(read_source(file), file)
     for override in overrides:
         source = _with_space(apply_override(source, override), file)
+    source = _with_kinds(source)
     try:
         study = Study.model_validate(source.data)
     except ValidationError as error:
@@ -119,3 +122,26 @@ def _with_space(source: Source, file: Path) -> Source:
     data = {**source.data, "search": {**source.data["search"], "space": space.data}}
     inner = {("search", "space", *key): place for key, place in space.places.items()}
     return Source(data, {**source.places, **inner})
+
+
+def _with_kinds(source: Source) -> Source:
+    """Give a choice that only overrides have begun the kind that it has by default."""
+    for path, kind in _default_kinds():
+        place = source.places.get(path)
+        if place is None or place.line is not None:
+            continue
+        value: Any = source.data
+        for key in path:
+            value = value[key]
+        if isinstance(value, dict) and "kind" not in value:
+            source = apply_override(source, f"{dotted(path)}.kind={kind}")
+    return source
+
+
+def _default_kinds() -> Iterator[tuple[tuple[str, ...], str]]:
+    for room in ("", "training", "controls"):
+        model: Any = Study.model_fields[room].default if room else Study
+        for name, field in (type(model) if room else model).model_fields.items():
+            kind = getattr(field.default, "kind", None)
+            if kind is not None:
+                yield ((room, name) if room else (name,)), kind

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from aqn_tune.errors import UserError, nearest
 from aqn_tune.noise.policy import NoisePolicy
@@ -137,8 +137,18 @@ def arm_of(params: Params) -> ArmSpec:
     """Return the arm that a point of a search space stands for.
 
     Every parameter must have an effect: one that the chosen carrier, schedule or targeting does not
-    read raises UserError (a parameter that nobody reads is how equal runs get different names).
+    read raises UserError (a parameter that nobody reads is how equal runs get different names), and
+    so does one that they need and do not get.
     """
+    try:
+        return _arm_of(params)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"search space: {where}: {first['msg']} (params: {params})") from None
+
+
+def _arm_of(params: Params) -> ArmSpec:
     unread = dict(params)
     carrier = str(unread.pop("carrier", "hidden"))
     targeting = str(unread.pop("targeting", "global"))
