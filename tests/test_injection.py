@@ -18,7 +18,7 @@ from aqn_tune.study.runs import Condition, Run
 from aqn_tune.training import evaluate as evaluate_module
 from aqn_tune.training.engine import ENGINE
 from aqn_tune.training.streams import KeyedNormal
-from tests.tiny import CLEAN, LAYERS, noise, one_pack, save_tiny_model, tiny_setting, tiny_training
+from tiny import CLEAN, LAYERS, noise, one_pack, save_tiny_model, tiny_setting, tiny_training
 
 torch.set_num_threads(1)
 TRAINING = tiny_training()

@@ -16,7 +16,7 @@ from aqn_tune.training.data import load_tokens
 from aqn_tune.training.engine import ENGINE
 from aqn_tune.training.learning_rate import learning_rate
 from aqn_tune.training.pack import ReplicaPack
-from tests.tiny import CLEAN, LAYERS, noise, one_pack, save_tiny_model, tiny_setting, tiny_training
+from tiny import CLEAN, LAYERS, noise, one_pack, save_tiny_model, tiny_setting, tiny_training
 
 torch.set_num_threads(1)
 

@@ -31,9 +31,9 @@ def show_results(folder: StudyFolder, *, json: bool, quiet: bool) -> None:
     from aqn_tune.report.summary import summary_text
 
     if json:
-        import json as json_library
+        from aqn_tune.report.write import verdict_of
 
-        print_json(json_library.loads(folder.verdict.read_text(encoding="utf-8")))
+        print_json(verdict_of(folder))
         return
     if quiet:
         return

@@ -124,7 +124,7 @@ def run_study(
             board.close()
         update_calibration(study, setting, folder)
         finish_manifest(folder)
-        write_report(folder)
+        write_report(folder, tensorboard=False)  # the board was written as the rows came in
     return count_failures(folder, Ledger(folder.ledger))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,7 +52,7 @@ def ray_session(compute: ComputeSpec) -> Iterator[None]:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if compute.address is None:
         ray.init(
-            num_cpus=max(1, round(worker_count(compute) * compute.cpus_per_worker)),
+            num_cpus=_local_cpus(compute),
             num_gpus=None if compute.gpus_per_worker else 0,
             include_dashboard=False,
             log_to_driver=False,
@@ -95,13 +96,35 @@ def _join(address: str) -> None:
 
 
 def worker_count(compute: ComputeSpec) -> int:
-    """Return how many trials run at a time; `auto` is one per `cpus_per_worker` cores available."""
+    """Return how many trials run at a time; `auto` is one per `cpus_per_worker` cores available.
+
+    Without an address the cores are those of this machine that the process may use. With one, and
+    wherever trials take GPUs, Ray has to be running: it knows what there is.
+    """
     if compute.workers != "auto":
         return max(1, compute.workers)
-    if compute.address is None:
-        cores = float(len(os.sched_getaffinity(0)))
-    else:
-        import ray
+    slots = _cores(compute) / compute.cpus_per_worker
+    if compute.gpus_per_worker:
+        slots = min(slots, _in_cluster("GPU") / compute.gpus_per_worker)
+    return max(1, int(slots))
 
-        cores = float(ray.cluster_resources().get("CPU", 1.0))
-    return max(1, int(cores / compute.cpus_per_worker))
+
+def _cores(compute: ComputeSpec) -> float:
+    if compute.address is not None:
+        return _in_cluster("CPU")
+    if hasattr(os, "sched_getaffinity"):
+        return float(len(os.sched_getaffinity(0)))
+    return float(os.cpu_count() or 1)
+
+
+def _in_cluster(resource: str) -> float:
+    import ray
+
+    return float(ray.cluster_resources().get(resource, 0.0)) if ray.is_initialized() else math.inf
+
+
+def _local_cpus(compute: ComputeSpec) -> int:
+    """Return the CPUs that Ray is told this machine has: exactly enough for all workers."""
+    if compute.workers == "auto" and compute.gpus_per_worker:
+        return max(1, int(_cores(compute)))
+    return max(1, math.ceil(worker_count(compute) * compute.cpus_per_worker))

@@ -61,7 +61,8 @@ def run_search(
         state=folder.state,
     )
     drop_other_states(folder.state, "search", work.waiting)
-    if work.tally().left:
+    left = work.tally().left
+    if left:
         execute(
             work,
             stage="search",
@@ -71,7 +72,8 @@ def run_search(
             folder=folder,
             progress=progress,
         )
-    export_optuna(folder.optuna, study.search.space, scenarios, recorder.ledger)
+    if left or not folder.optuna.exists():
+        export_optuna(folder.optuna, study.search.space, scenarios, recorder.ledger)
 
 
 def control_packs(

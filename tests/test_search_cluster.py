@@ -1,0 +1,69 @@
+"""How many trials run at a time, and how Ray is started."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import ray
+from synthetic import ray_two
+
+from aqn_tune.errors import UserError
+from aqn_tune.search.cluster import _local_cpus, ray_session, worker_count
+from aqn_tune.study.schema import ComputeSpec
+
+__all__ = ["ray_two"]
+
+
+@pytest.mark.parametrize(
+    ("compute", "workers", "cpus"),
+    [
+        ({"workers": 3}, 3, 3),
+        ({"workers": 3, "cpus_per_worker": 0.5}, 3, 2),
+        ({"workers": 1, "cpus_per_worker": 4}, 1, 4),
+        ({"workers": "auto"}, 8, 8),
+        ({"workers": "auto", "cpus_per_worker": 3}, 2, 6),
+        ({"workers": "auto", "cpus_per_worker": 16}, 1, 16),
+        ({"workers": "auto", "gpus_per_worker": 0.5}, 4, 8),
+        ({"workers": "auto", "gpus_per_worker": 4}, 1, 8),
+        ({"workers": "auto", "address": "somewhere"}, 64, None),
+    ],
+)
+def test_worker_count(
+    monkeypatch: pytest.MonkeyPatch, compute: dict[str, Any], workers: int, cpus: int | None
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 64.0, "GPU": 2.0})
+    spec = ComputeSpec.model_validate(compute)
+    assert worker_count(spec) == workers
+    if cpus is not None:
+        assert _local_cpus(spec) == cpus
+
+
+def test_workers_have_one_thread_each(ray_two: None) -> None:
+    @ray.remote
+    def threads() -> str:
+        return os.environ["OMP_NUM_THREADS"]
+
+    assert ray.get(threads.remote()) == "1"
+
+
+def test_a_session_inside_another_is_the_same(ray_two: None) -> None:
+    with ray_session(ComputeSpec(workers=1)):
+        assert ray.cluster_resources()["CPU"] == 2.0
+    assert ray.is_initialized()
+
+
+def test_a_cluster_that_cannot_be_joined_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: Any) -> None:
+        raise ConnectionError("Could not find any running Ray instance.\nmore")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    with (
+        pytest.raises(UserError, match=r"cannot join the Ray cluster at '10\.0\.0\.1:6379'"),
+        ray_session(ComputeSpec(address="10.0.0.1:6379")),
+    ):
+        pass
