@@ -27,7 +27,12 @@ def write_study(tmp_path: Path, workers: int, packed: int) -> Path:
         "study": "tiny",
         "model": {"path": str(model)},
         "task": {"kind": "word_problems", "train_rows": 60, "validation_rows": 16, "test_rows": 32},
-        "training": {"steps": 6, "batch_size": 4, "warmup_steps": 1, "method": {"kind": "lora", "rank": 2}},
+        "training": {
+            "steps": 6,
+            "batch_size": 4,
+            "warmup_steps": 1,
+            "method": {"kind": "lora", "rank": 2},
+        },
         "eval_batch_size": 16,
         "scenario": {"faults": [{"kind": "dead_zone", "layers": [1], "threshold": 0.2}]},
         "sweep": {"during": ["both", "eval"]},
@@ -76,12 +81,16 @@ def test_workers_and_packs_change_no_number(
     assert all(first.evaluations[key] == second.evaluations[key] for key in shared)
 
 
-@pytest.mark.parametrize("cell", ["confirm/both/global/3", "confirm/eval/finalist1/0", "search/both/c000/1"])
+@pytest.mark.parametrize(
+    "cell", ["confirm/both/global/3", "confirm/eval/finalist1/0", "search/both/c000/1"]
+)
 def test_a_cell_run_again_is_bit_identical(done: tuple[Path, StudyFolder], cell: str) -> None:
     assert call("rerun", str(done[1].root), cell, "-q") == 0
 
 
-def test_a_rerun_sees_a_number_that_was_changed(done: tuple[Path, StudyFolder], tmp_path: Path) -> None:
+def test_a_rerun_sees_a_number_that_was_changed(
+    done: tuple[Path, StudyFolder], tmp_path: Path
+) -> None:
     """Plants one altered digit in a copy of the ledger."""
     folder = StudyFolder(tmp_path / done[1].root.name)
     folder.root.mkdir()
@@ -97,7 +106,9 @@ def test_a_rerun_sees_a_number_that_was_changed(done: tuple[Path, StudyFolder], 
     assert call("rerun", str(folder.root), "confirm/both/global/3", "-q") == 1
 
 
-def test_the_exported_adapter_reproduces_the_recorded_clean_loss(done: tuple[Path, StudyFolder]) -> None:
+def test_the_exported_adapter_reproduces_the_recorded_clean_loss(
+    done: tuple[Path, StudyFolder],
+) -> None:
     from peft import PeftModel
 
     study, folder = load_study(done[0]), done[1]

@@ -10,16 +10,63 @@ import pytest
 import aqn_tune
 
 ROOT = Path(aqn_tune.__file__).parent
-HEAVY = {"torch", "transformers", "peft", "safetensors", "ray", "optuna", "scipy", "pandas", "numpy"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "peft",
+    "safetensors",
+    "ray",
+    "optuna",
+    "scipy",
+    "pandas",
+    "numpy",
+}
 
 # room: the libraries and rooms that it must never import, not even inside a function
 FORBIDDEN = {
-    "training": {"ray", "optuna", "aqn_tune.search", "aqn_tune.confirm", "aqn_tune.report", "aqn_tune.cli"},
+    "training": {
+        "ray",
+        "optuna",
+        "aqn_tune.search",
+        "aqn_tune.confirm",
+        "aqn_tune.report",
+        "aqn_tune.cli",
+    },
     "injection": {"ray", "optuna", "aqn_tune.search", "aqn_tune.training", "aqn_tune.report"},
-    "search": {"torch", "transformers", "peft", "aqn_tune.training", "aqn_tune.injection", "aqn_tune.cli"},
-    "confirm": {"torch", "transformers", "peft", "aqn_tune.training", "aqn_tune.injection", "aqn_tune.cli"},
-    "evidence": {"torch", "transformers", "peft", "ray", "optuna", "aqn_tune.training", "aqn_tune.search"},
-    "report": {"torch", "transformers", "peft", "ray", "optuna", "aqn_tune.training", "aqn_tune.search"},
+    "search": {
+        "torch",
+        "transformers",
+        "peft",
+        "aqn_tune.training",
+        "aqn_tune.injection",
+        "aqn_tune.cli",
+    },
+    "confirm": {
+        "torch",
+        "transformers",
+        "peft",
+        "aqn_tune.training",
+        "aqn_tune.injection",
+        "aqn_tune.cli",
+    },
+    "evidence": {
+        "torch",
+        "transformers",
+        "peft",
+        "ray",
+        "optuna",
+        "aqn_tune.training",
+        "aqn_tune.search",
+    },
+    "report": {
+        "torch",
+        "transformers",
+        "peft",
+        "ray",
+        "optuna",
+        "aqn_tune.training",
+        "aqn_tune.search",
+    },
     "ledger": {"torch", "ray", "aqn_tune.training", "aqn_tune.search", "aqn_tune.report"},
     "faults": {"ray", "transformers", "aqn_tune.training", "aqn_tune.search", "aqn_tune.injection"},
     "noise": {"ray", "transformers", "aqn_tune.training", "aqn_tune.search", "aqn_tune.injection"},
@@ -67,7 +114,13 @@ def test_a_trespass_would_be_seen(room: str, source: str) -> None:
 
 def test_no_global_random_state_in_the_library() -> None:
     """Global generators tie a number to the order of everything drawn before it."""
-    suspects = ("torch.manual_seed(", "np.random.", "numpy.random.seed", "random.seed(", "torch.rand(")
+    suspects = (
+        "torch.manual_seed(",
+        "np.random.",
+        "numpy.random.seed",
+        "random.seed(",
+        "torch.rand(",
+    )
     found = [
         f"{path.relative_to(ROOT)}: {line.strip()}"
         for path in ROOT.rglob("*.py")

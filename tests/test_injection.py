@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import CLEAN, LAYERS, noise, one_pack, save_tiny_model, tiny_setting, tiny_training
 
 from aqn_tune.errors import UserError
-from aqn_tune.faults import DeadZone, RelativeGaussian
+from aqn_tune.faults import DeadZone, Faulted, RelativeGaussian
+from aqn_tune.injection import injection as injection_module
 from aqn_tune.injection.address import AddressBook
 from aqn_tune.injection.fold import Entry, fault_slots
 from aqn_tune.injection.injection import Injection
@@ -16,9 +18,9 @@ from aqn_tune.models.load import build_model, decoder_layers
 from aqn_tune.noise.carriers.hidden import Hidden
 from aqn_tune.study.runs import Condition, Run
 from aqn_tune.training import evaluate as evaluate_module
+from aqn_tune.training import pack as pack_module
 from aqn_tune.training.engine import ENGINE
 from aqn_tune.training.streams import KeyedNormal
-from tiny import CLEAN, LAYERS, noise, one_pack, save_tiny_model, tiny_setting, tiny_training
 
 torch.set_num_threads(1)
 TRAINING = tiny_training()
@@ -253,42 +255,151 @@ def test_noise_that_is_skipped_fails_the_training(
     monkeypatch.setattr(Injection, "_add_noise", lambda self, site, slot, x: x)
     (row,) = advance(folder, run_of({"targeting": "global"})).trainings
     assert row.status == "failed"
-    assert "noise audit: 20 injections were declared, 0 happened" in row.error
+    assert "noise audit: declared 20, happened 0" in row.error
 
 
-def test_weights_that_change_under_lora_fail_the_training(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("lora", "frozen weights changed during training"),
+        ("full", "changed before the update of step 1"),
+    ],
+)
+def test_noise_that_stays_in_the_weights_fails_the_training(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, method: str, message: str
 ) -> None:
-    """Noise added into a norm's weight and left there."""
+    """The original added noise into the norms' weights and left it there."""
+    original = Injection._shadow
 
     def sticky(self, site, slots, module, args):
-        module.weight.data.add_(1e-3)
+        original(self, site, slots, module, args)
+        if self._step == 1:
+            module._parameters["weight"].data.add_(1e-3)
 
     monkeypatch.setattr(Injection, "_shadow", sticky)
-    monkeypatch.setattr(Injection, "_add_noise", lambda self, site, slot, x: x)
-    (row,) = advance(folder, run_of({"carrier": "rmsnorm_weight"})).trainings
+    changes = {"method": {"kind": "full"}} if method == "full" else {}
+    run = run_of({"carrier": "rmsnorm_weight"}).model_copy(
+        update={"training": tiny_training(**changes)}
+    )
+    (row,) = advance(folder, run).trainings
     assert row.status == "failed"
+    assert "weight audit" in row.error
+    assert message in row.error
 
 
-def test_a_faulty_evaluation_without_the_fault_is_not_a_number(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("plant", "message"),
+    [
+        (lambda faults, noise: Entry(faults, None), "noise audit: declared 20, happened 0"),
+        (
+            lambda faults, noise: Entry((), noise),
+            "fault audit: declared ['model.layers.1'], happened []",
+        ),
+    ],
+)
+def test_a_declaration_that_never_reaches_the_model_fails_the_training(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, plant, message: str
 ) -> None:
-    """The original evaluated without the fault and reported it as faulty."""
-    monkeypatch.setattr(evaluate_module, "Entry", lambda faults: Entry(()))
-    report = advance(folder, run_of())
+    """Noise or fault lost between the run and the hooks: what was attached agrees with itself."""
+    monkeypatch.setattr(pack_module, "Entry", plant)
+    report = advance(folder, run_of({"targeting": "global"}))
     (row,) = report.trainings
     assert row.status == "failed"
-    assert "evaluation audit: condition 'faulty' s declares 1 faults, 0 acted" in row.error
+    assert message in row.error
     assert report.evaluations == ()
 
 
-def test_a_clean_evaluation_with_a_fault_is_not_a_number(
+@pytest.mark.parametrize("bug", ["multipliers of one", "one sigma for all steps"])
+def test_a_schedule_that_is_read_wrongly_fails_the_training(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, bug: str
+) -> None:
+    """Wrong already where the fold is laid out, so that every later number agrees with it."""
+    original = injection_module.noise_slots
+
+    def broken(entries, layer_count):
+        slots = original(entries, layer_count)
+        if bug == "multipliers of one":
+            return [slot._replace(multipliers=(slot.multipliers > 0).double()) for slot in slots]
+        return [slot._replace(sigma=(slot.sigma > 0).double() * 0.001) for slot in slots]
+
+    monkeypatch.setattr(injection_module, "noise_slots", broken)
+    policy = {"targeting": {"kind": "multipliers", "values": [0.5, 2, 1, 0.1]}}
+    (row,) = advance(folder, run_of(policy)).trainings
+    assert row.status == "failed"
+    assert "noise audit: layer 0 was scheduled" in row.error
+
+
+def test_a_layer_without_gradient_fails_the_training(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate_module, "Entry", lambda faults: Entry((FAULT,)))
+    """A quantiser without a straight-through gradient trains nothing below it."""
+
+    def no_gradient(self, x, params, valid, normal):
+        return original(self, x.detach(), params, valid, normal)
+
+    original = DeadZone.apply
+    monkeypatch.setattr(DeadZone, "apply", no_gradient)
     (row,) = advance(folder, run_of()).trainings
     assert row.status == "failed"
-    assert "condition 'clean'" in row.error
+    assert "gradient audit: layer 0 gets no gradient" in row.error
+
+
+@pytest.mark.parametrize(
+    ("plant", "message"),
+    [
+        (lambda faults: Entry(()), "condition 'faulty' s declares 1 faults, 0 changed a value"),
+        (lambda faults: Entry((FAULT,)), "condition 'clean' declares 0 faults, 1 changed a value"),
+    ],
+)
+def test_an_evaluation_under_another_condition_is_not_a_number(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, plant, message: str
+) -> None:
+    """The original evaluated without the fault and reported it as faulty."""
+    monkeypatch.setattr(evaluate_module, "Entry", plant)
+    report = advance(folder, run_of())
+    (row,) = report.trainings
+    assert row.status == "failed"
+    assert f"evaluation audit: {message}" in row.error
+    assert report.evaluations == ()
+
+
+@pytest.mark.parametrize("bug", ["does nothing", "acts where it is off"])
+def test_a_fault_without_effect_or_without_cause_is_not_a_number(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, bug: str
+) -> None:
+    """Hooks that are called prove nothing: what counts is what they changed."""
+    original = DeadZone.apply
+    monkeypatch.setattr(evaluate_module, "FOLD_TOKENS", 10**6)  # clean and faulty in one pass
+
+    def broken(self, x, params, valid, normal):
+        if bug == "does nothing":
+            return Faulted(x, torch.zeros_like(x, dtype=torch.bool))
+        everywhere = {"threshold": torch.full_like(params["threshold"], 0.2)}
+        return original(self, x, everywhere, valid, normal)
+
+    monkeypatch.setattr(DeadZone, "apply", broken)
+    (row,) = advance(folder, run_of()).trainings
+    assert row.status == "failed"
+    assert "evaluation audit" in row.error
+
+
+def test_a_diverging_run_does_not_break_its_pack(folder: Path) -> None:
+    """It diverges before its first noisy step: there is no noise to audit, and no audit to fail."""
+    healthy = run_of({"targeting": "global"})
+    late = {
+        "targeting": "global",
+        "schedule": {"kind": "constant", "sigma": 0.1, "warmup_fraction": 0.6},
+    }
+    wild = run_of(late, learning_rate=1e38)
+    setting = tiny_setting(folder)
+    opened = ENGINE.open_pack(
+        one_pack(wild, healthy, rungs=(6,)), setting, ENGINE.load_base(setting)
+    )
+    report = opened.advance()
+    assert [row.status for row in report.trainings] == ["failed", "finished"]
+    assert {row.training_key for row in report.evaluations} == {healthy.training_key(setting)}
+    alone = advance(folder, healthy)
+    assert report.evaluations == alone.evaluations
 
 
 def test_evaluation_reports_what_the_fault_did(folder: Path) -> None:

@@ -157,9 +157,11 @@ def test_faults_are_not_compared_across_scenarios() -> None:
 def test_a_value_that_is_not_finite_stops_and_counts_as_the_worst(value: float | None) -> None:
     asha = ScenarioASHA(["s"], rung_count=3, reduction_factor=2.0)
     assert not asha.report("s", "c000", 0, value)
-    assert asha.report("s", "c001", 0, 1e6)
-    assert asha.report("s", "c002", 0, 5.0)
-    assert len(asha.tables()["s"][0][1]) == 3
+    assert asha.report("s", "c001", 0, 0.5)
+    assert not asha.report("s", "c002", 0, value)
+    # A made-up huge value in the table would let this one pass: the quantile is interpolated.
+    assert not asha.report("s", "c003", 0, 100.0)
+    assert asha.tables()["s"][0][1] == {"c001": 0.5, "c002": 0.5, "c003": 100.0}
 
 
 def _row(event: str, config: str = "c000", number: int = 0, **more: object) -> SearchRow:

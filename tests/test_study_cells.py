@@ -119,10 +119,11 @@ def test_replicates_come_in_blocks_so_that_an_interrupted_stage_is_balanced() ->
 def test_healthy_is_missing_where_every_layer_is_faulty() -> None:
     made = study(scenario={"faults": [{**DEAD_ZONE, "layers": "all"}]})
     cells = stage_cells(made, SETTING, resolve_scenarios(made), stage="search", layer_count=8)
-    (missing,) = cells.missing
-    assert missing.arm == "healthy"
-    assert "every layer is faulty" in missing.reason
-    assert "healthy" not in {cell.arm for cell in cells.cells}
+    reasons = {missing.arm: missing.reason for missing in cells.missing}
+    assert set(reasons) == {"healthy", "random"}
+    assert "every layer is faulty" in reasons["healthy"]
+    assert "cannot choose 8 of 0 healthy layers" in reasons["random"]
+    assert not {"healthy", "random"} & {cell.arm for cell in cells.cells}
 
 
 def test_an_own_arm_that_cannot_exist_is_an_error_and_not_left_out() -> None:

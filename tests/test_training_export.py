@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import CLEAN, one_pack, save_tiny_model, tiny_setting, tiny_training
 
 from aqn_tune.models.load import build_model, load_tokenizer
 from aqn_tune.study.runs import Run
 from aqn_tune.training.data import load_tokens
 from aqn_tune.training.engine import ENGINE
-from tiny import CLEAN, one_pack, save_tiny_model, tiny_setting, tiny_training
 
 torch.set_num_threads(1)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import CLEAN, LAYERS, noise, one_pack, save_tiny_model, tiny_setting, tiny_training
 
 from aqn_tune.faults import DeadZone, RelativeGaussian
 from aqn_tune.models.load import base_arrays, build_model, decoder_layers, load_tokenizer
@@ -16,7 +17,6 @@ from aqn_tune.training.data import load_tokens
 from aqn_tune.training.engine import ENGINE
 from aqn_tune.training.learning_rate import learning_rate
 from aqn_tune.training.pack import ReplicaPack
-from tiny import CLEAN, LAYERS, noise, one_pack, save_tiny_model, tiny_setting, tiny_training
 
 torch.set_num_threads(1)
 

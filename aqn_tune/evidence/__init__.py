@@ -14,15 +14,9 @@ from aqn_tune.evidence.decisions import (
     DecisionMatrix,
     check_decisions,
     decide,
-    load_decisions,
     parse_decisions,
 )
-from aqn_tune.evidence.power import (
-    further_seeds,
-    mde_sd_units,
-    minimum_detectable_effect,
-    seeds_needed,
-)
+from aqn_tune.evidence.power import mde_sd_units, seeds_needed
 from aqn_tune.evidence.regimes import Recovery, Regime, RegimeReport, gain, recovery, regime_of
 from aqn_tune.evidence.verdicts import Judged, Undetermined, Verdict, judge
 
@@ -40,13 +34,10 @@ __all__ = [
     "benjamini_hochberg",
     "check_decisions",
     "decide",
-    "further_seeds",
     "gain",
     "holm",
     "judge",
-    "load_decisions",
     "mde_sd_units",
-    "minimum_detectable_effect",
     "paired_contrast",
     "parse_decisions",
     "recovery",

@@ -52,7 +52,7 @@ class ArmEvidence:
     recovery: Recovery
     """Share of the damage won back; n/a for the clean arm."""
     shrinkage: Shrinkage | None
-    """Search beside confirm, for searched arms."""
+    """Search beside confirm, for finalists: their twins were not searched."""
 
     @property
     def failed(self) -> int:
@@ -97,18 +97,20 @@ def summarise_arm(
         mean_clean_loss=_mean(result.clean_loss for result in results),
         mean_exact_match=_mean(result.exact_match for result in results),
         recovery=won_back,
-        shrinkage=_shrinkage(tables, scenario, results, fault_only),
+        shrinkage=_shrinkage(tables, scenario, arm, results, fault_only),
     )
 
 
 def _shrinkage(
     tables: Tables,
     scenario: str,
+    arm: str,
     results: Sequence[CellResult],
     fault_only: Sequence[CellResult],
 ) -> Shrinkage | None:
     config = results[0].config if results else ""
-    if not config:
+    # A twin is recorded with the config of its finalist, whose numbers in the search are not its own.
+    if not config or arm.endswith(("_none", "_global")):
         return None
     n = tables.replicates("search", scenario, config)
     searched = tables.cells("search", scenario, config, replicates=n)

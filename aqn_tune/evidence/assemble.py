@@ -87,7 +87,7 @@ def assemble(rows: Iterable[LedgerRow], declared: Declared) -> Evidence:
     }
     judged = judge(
         {
-            f"{scenario}/{contrast_name(arm, reference)}": _contrast(
+            f"{scenario}/{contrast_name(arm, reference)}": contrast_of(
                 arm, cells[scenario, arm], reference, cells[scenario, reference], declared
             )
             for scenario, arm, reference in declared.family
@@ -122,13 +122,22 @@ def _arms_of(tables: Tables, declared: Declared, scenario: str) -> tuple[str, ..
     return tuple(dict.fromkeys(["clean", "fault_only", *recorded, *named]))
 
 
-def _contrast(
+def contrast_of(
     arm: str,
     results: Sequence[CellResult],
     reference: str,
     reference_results: Sequence[CellResult],
     declared: Declared,
 ) -> PairedContrast | Undetermined:
+    """Return the contrast of two arms of a scenario, or why there is none.
+
+    Args:
+        arm: name of the arm, for the reason.
+        results: its cells, one per declared replicate.
+        reference: name of the reference.
+        reference_results: its cells, replicate by replicate those of the same seeds.
+        declared: gives alpha, and the seed of drawn sign flips.
+    """
     for name, own in ((arm, results), (reference, reference_results)):
         problem = _problem(name, own)
         if problem:

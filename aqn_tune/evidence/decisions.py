@@ -1,14 +1,14 @@
 """The decision matrix: from the verdicts of a scenario to the sentence that was agreed beforehand.
 
-It is written before the results are known, as rows that are read from the top:
+It is written before the results are known, as rows that are read from the top. As `parse_decisions`
+takes them (a study names its contrasts once and gives the verdicts by position, see `matrix_of`):
 
-    decisions:
-      - when: {targeted-vs-fault_only: ">", targeted-vs-global: ">"}
-        say: noise helps, and targeting helps on top
-      - when: {targeted-vs-fault_only: ">", targeted-vs-global: ["~", "<"]}
-        say: noise helps; targeting adds nothing
-      - when: {targeted-vs-fault_only: ["~", "<"]}
-        say: no benefit at this margin
+    - when: {targeted-vs-fault_only: ">", targeted-vs-global: ">"}
+      say: noise helps, and targeting helps on top
+    - when: {targeted-vs-fault_only: ">", targeted-vs-global: ["~", "<"]}
+      say: noise helps; targeting adds nothing
+    - when: {targeted-vs-fault_only: ["~", "<"]}
+      say: no benefit at this margin
 
 The first row that fits wins. `any`, or leaving a contrast out, fits all four symbols. Verdicts with
 a `?` that no row fits are "not decided"; verdicts without a `?` must all be answered.
@@ -19,7 +19,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError, field_validator
@@ -61,7 +60,7 @@ class DecisionRow(Spec):
 
 
 class DecisionMatrix(Spec):
-    """The rows in their order; the first that fits wins. Build it with `load_decisions`."""
+    """The rows in their order; the first that fits wins. Build it with `parse_decisions`."""
 
     rows: tuple[DecisionRow, ...] = Field(min_length=1, description="The rows, read from the top.")
 
@@ -145,31 +144,6 @@ def matrix_of(spec: DecisionSpec) -> DecisionMatrix:
             )
         rows.append({"when": dict(zip(names, row.when, strict=True)), "say": row.say})
     return parse_decisions(rows, contrasts=names)
-
-
-def load_decisions(path: Path, *, contrasts: Sequence[str] | None = None) -> DecisionMatrix:
-    """Read a matrix from a YAML file: a list of rows, or a mapping with the one key `decisions`.
-
-    Raises:
-        UserError: the file cannot be read or is not YAML of that form; what `parse_decisions` says.
-    """
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except yaml.YAMLError as error:
-        hint = 'the symbols must be quoted: ">", "<", "~", "?"'
-        raise UserError(f"{path}: not valid YAML ({error}); {hint}") from error
-    if isinstance(content, dict) and set(content) == {"decisions"}:
-        content = content["decisions"]
-    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
-        raise UserError(f"{path}: must be a list of rows {{when: ..., say: ...}}")
-    try:
-        return parse_decisions(content, contrasts=contrasts)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 def check_decisions(matrix: DecisionMatrix, *, contrasts: Sequence[str] | None = None) -> None:

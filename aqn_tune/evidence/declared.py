@@ -1,4 +1,4 @@
-"""What a study commits itself to before its first confirm run: the contents of the lock."""
+"""What a study commits itself to before its first confirm run, in the terms of evidence."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class Declared(Spec):
     """What was fixed before the first confirm run; evidence judges this and nothing else.
 
-    Written to the lock file as JSON (`model_dump_json`) and read back from it.
+    Never stored: it is made from the study, and where the study is locked the values of its lock
+    (`aqn_tune.confirm.lock.ConfirmLock`) take the place of the study's.
     """
 
     family: tuple[tuple[str, str, str], ...] = Field(
@@ -49,16 +50,16 @@ def declare(
     *,
     margin: float | None,
 ) -> Declared:
-    """Return what a study commits itself to, for the lock.
+    """Return what a study commits itself to, by the study alone.
 
-    Call it before the first confirm run. The family is every primary contrast of every scenario
-    less those with an arm that cannot exist there (`missing`, known from the study alone).
+    The family is every primary contrast of every scenario less those with an arm that cannot exist
+    there (`missing`, known before any result of the confirmation is).
 
     Args:
         study: the resolved study.
         scenarios: its scenarios.
         missing: arms that cannot exist.
-        margin: in the unit of the metric when G is known by now, else `None`.
+        margin: in the unit of the metric when G was known before the confirmation, else `None`.
 
     Raises:
         UserError: a decision matrix that cannot be trusted, or one over a contrast that is not

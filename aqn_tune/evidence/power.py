@@ -28,8 +28,9 @@ def _check(n: int, power: float) -> None:
 def mde_sd_units(n: int, alpha_over_m: float, power: float = 0.8) -> float:
     """Return the minimum detectable effect of `n` pairs, in standard deviations of the difference.
 
-    Use it in `plan`, before any run exists and therefore before any sd is known. A true effect of
-    this size is found, in the right direction, with probability `power`.
+    Use it before any sd is known, and times the sd once one is: that is the effect in the unit of
+    the metric. A true effect of this size is found, in the right direction, with probability
+    `power`.
 
     Args:
         n: confirm seeds (at least 2).
@@ -47,22 +48,6 @@ def mde_sd_units(n: int, alpha_over_m: float, power: float = 0.8) -> float:
 
     critical = t_quantile(n - 1, 1 - alpha_over_m / 2)
     return float(nctdtrinc(n - 1, 1 - power, critical)) / math.sqrt(n)
-
-
-def minimum_detectable_effect(
-    sd: float, n: int, *, alpha_over_m: float, power: float = 0.8
-) -> float:
-    """Return the minimum detectable effect in the unit of the metric.
-
-    Use it once the sd of a paired difference is known, from search-stage pairs for instance (an
-    estimate from few pairs: say so where it is printed). See `mde_sd_units` for the rest.
-
-    Raises:
-        UserError: sd negative or not finite, or another value out of range.
-    """
-    if not (math.isfinite(sd) and sd >= 0):
-        raise UserError(f"sd of the paired difference: got {sd}, must be finite and not negative")
-    return sd * mde_sd_units(n, alpha_over_m, power)
 
 
 def detection_power(n: int, effect_in_sd: float, alpha_over_m: float) -> float:
@@ -107,7 +92,8 @@ def seeds_needed(
         power: in [0.5, 1).
 
     Returns:
-        The number of pairs (at least 2), or `None` if more than 10 000 would be needed.
+        The number of pairs (at least 2), or `None` if more than 10 000 would be needed. It knows
+        nothing of seeds already spent; a new generation stands alone.
 
     Raises:
         UserError: sd or margin not positive and finite, or another value out of range.
@@ -135,15 +121,3 @@ def seeds_needed(
         else:
             too_few = middle
     return sufficient
-
-
-def further_seeds(
-    sd: float, n: int, *, margin: float, alpha_over_m: float, power: float = 0.8
-) -> int | None:
-    """Return `seeds_needed` less the `n` already spent, never below zero; `None` beyond 10 000.
-
-    Limits: the further seeds belong to a new confirm generation, which stands alone. Adding them to
-    the old ones after a look would spend more than alpha.
-    """
-    total = seeds_needed(sd, margin=margin, alpha_over_m=alpha_over_m, power=power)
-    return None if total is None else max(0, total - n)

@@ -35,7 +35,7 @@ class CellResult(NamedTuple):
     clean_loss: float | None
     """Loss without faults."""
     exact_match: float | None
-    """Exact match under the deployed faults."""
+    """Exact match under the deployed faults; None where the loss is missing."""
     step: int | None
     """Steps trained when the numbers were taken."""
     faults: tuple[FaultMeasure, ...]
@@ -174,7 +174,7 @@ class Tables:
             training_key=cell.training_key,
             loss=faulty.loss,
             clean_loss=clean.loss,
-            exact_match=faulty.exact_match,
+            exact_match=None if not_finite else faulty.exact_match,
             step=faulty.step,
             faults=faulty.faults,
             failed=not_finite,

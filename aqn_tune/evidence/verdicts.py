@@ -12,6 +12,9 @@ from aqn_tune.evidence.contrasts import DEGENERATE_NOTES, PairedContrast, check_
 from aqn_tune.evidence.correction import holm
 from aqn_tune.evidence.power import seeds_needed
 
+FEWEST_SEEDS = 6
+"""No generation is smaller: below it the exact paired test cannot reach p = 0.05."""
+
 
 class Verdict(StrEnum):
     """The four outcomes of a contrast. The value is the symbol that is printed everywhere."""
@@ -61,16 +64,16 @@ class Judged:
     real_but_below_margin: bool
     """Equivalent within the margin and yet significantly different from zero."""
     seeds_needed: int | None
-    """For `?`: size of a new confirm generation that would decide (see `power.seeds_needed`)."""
+    """For `?`: size of the next confirm generation, `power.seeds_needed` but more than it had."""
     reason: str
     """For `?` without a test: why there is none. Otherwise empty."""
 
     @property
     def further_seeds(self) -> int | None:
-        """For `?`: seeds beyond those already spent, not below zero; `None` where unknown."""
+        """For `?`: seeds beyond as many as it had, at least one; `None` where unknown."""
         if self.seeds_needed is None or self.contrast is None:
             return None
-        return max(0, self.seeds_needed - self.contrast.n)
+        return self.seeds_needed - self.contrast.n
 
     @property
     def words(self) -> str:
@@ -85,9 +88,10 @@ class Judged:
             return "inconclusive: no margin is known, so no number of seeds either"
         if self.seeds_needed is None or self.further_seeds is None:
             return "inconclusive: no feasible number of seeds decides at this margin"
+        seeds = "seed" if self.further_seeds == 1 else "seeds"
         return (
-            f"inconclusive: about {self.further_seeds} further seeds "
-            f"(a new generation of {self.seeds_needed})"
+            f"inconclusive: about {self.further_seeds} further {seeds} (a new generation of "
+            f"{self.seeds_needed}; an effect between zero and the margin may take more)"
         )
 
 
@@ -108,7 +112,7 @@ def judge(
     | `>` | Holm p < alpha, improvement above zero, interval not inside +-margin |
     | `<` | the mirror image |
     | `~` | interval inside +-margin; `real_but_below_margin` if Holm p < alpha as well |
-    | `?` | anything else, with the seeds that would decide |
+    | `?` | anything else, with the size of the next generation: more seeds than it had, 6 or more |
 
     Args:
         contrasts: name -> contrast, or `Undetermined` where runs are missing or failed.
@@ -195,6 +199,9 @@ def _judge_one(
     needed = None
     if verdict is Verdict.INCONCLUSIVE and margin is not None:
         needed = seeds_needed(described.sd, margin=margin, alpha_over_m=alpha / m, power=power)
+        if needed is not None:
+            # The power calculation may ask for fewer seeds than have just failed to decide.
+            needed = max(needed, described.n + 1, FEWEST_SEEDS)
     return Judged(
         name=name,
         verdict=verdict,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from aqn_tune.faults.base import Faulted, FaultSpec
 from aqn_tune.faults.references import Reference, reference_magnitude
@@ -36,6 +36,15 @@ class DeadZone(FaultSpec):
         False,
         description="Pass the gradient straight through instead of masking it where values died.",
     )
+
+    @model_validator(mode="after")
+    def _leaves_something(self) -> DeadZone:
+        if self.reference in ("token_max", "tensor_max", "quantile") and self.threshold > 1:
+            raise ValueError(
+                f"threshold {self.threshold} with reference {self.reference} flushes every value; "
+                "allowed are 0 to 1"
+            )
+        return self
 
     per_replica: ClassVar[dict[str, float]] = {"threshold": 0.0}
 

@@ -11,6 +11,7 @@ from torch import nn
 from aqn_tune.errors import UserError, nearest
 from aqn_tune.faults import FaultSpec
 from aqn_tune.models.load import decoder_layers
+from aqn_tune.noise.carriers import CarrierSpec
 from aqn_tune.study.layers import resolve_layers
 
 REFUSED = ("lm_head", "*embed*", "*wte", "*wpe", "*lora_*")
@@ -58,6 +59,21 @@ class AddressBook:
             for name, address in self._inside[layer].items()
             if "." not in name and type(address.module).__name__.endswith("RMSNorm")
         )
+
+    def carrier_sites(self, carrier: CarrierSpec, layer: int) -> tuple[Address, ...]:
+        """Return the modules of a layer that carry the noise of `carrier`.
+
+        Raises UserError when the layer has none.
+        """
+        if carrier.site == "layer_output":
+            return (self.layer_output(layer),)
+        norms = self.norms(layer)
+        if not norms:
+            raise UserError(
+                f"noise: carrier {carrier.kind!r} matches no module in layer {layer}; "
+                "the model's decoder layers hold no *RMSNorm: use carrier 'hidden'"
+            )
+        return norms
 
     def find(self, fault: FaultSpec) -> tuple[Address, ...]:
         """Return the modules that `fault` addresses, in model order.

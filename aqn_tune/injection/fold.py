@@ -56,23 +56,24 @@ def fault_slots(entries: Sequence[Entry], layer_count: int) -> list[FaultSlot]:
     Every replica's faults keep their declared order: a fault joins the first fitting slot behind the
     slot of the replica's fault before it, and gets a slot of its own at the end when there is none.
     """
-    keys: list[str] = []
+    keys: list[tuple[str, tuple[int, ...]]] = []
     owners: list[list[FaultSpec | None]] = []
     for index, entry in enumerate(entries):
         seen: dict[str, int] = {}
         last = -1
         for fault in entry.faults:
             layers = resolve_layers(fault.layers, layer_count)
-            static = content_hash({**fault.static(), "layers": layers})
+            static = content_hash({**fault.static(), "layers": None})
             nth = seen[static] = seen.get(static, 0) + 1
-            key = f"{static}.{nth}"
+            key = (f"{static}.{nth}", layers)
             fitting = (i for i in range(last + 1, len(keys)) if keys[i] == key)
             last = next(fitting, len(keys))
             if last == len(keys):
                 keys.append(key)
                 owners.append([None] * len(entries))
             owners[last][index] = fault
-    return [_fault_slot(key, own) for key, own in zip(keys, owners, strict=True)]
+    # The layers are no part of what keys the draws: layer 10 errs alike whichever others are faulty.
+    return [_fault_slot(key, own) for (key, _), own in zip(keys, owners, strict=True)]
 
 
 def _fault_slot(key: str, owners: Sequence[FaultSpec | None]) -> FaultSlot:

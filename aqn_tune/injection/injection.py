@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from aqn_tune.errors import UserError
 from aqn_tune.injection.address import Address, AddressBook
 from aqn_tune.injection.fold import (
     Draw,
@@ -96,15 +95,7 @@ class Injection:
             faults.append((slot, tally))
 
     def _place_noise(self, slot: NoiseSlot, layer: int, book: AddressBook) -> None:
-        if slot.carrier.site == "layer_output":
-            addresses: tuple[Address, ...] = (book.layer_output(layer),)
-        else:
-            addresses = book.norms(layer)
-            if not addresses:
-                raise UserError(
-                    f"noise: carrier {slot.carrier.kind!r} matches no module in layer {layer}; "
-                    "the model's decoder layers hold no *RMSNorm: use carrier 'hidden'"
-                )
+        addresses = book.carrier_sites(slot.carrier, layer)
         for address in addresses:
             self._site(address).noise.append(slot)
             self.noise_sites.append((slot, address))

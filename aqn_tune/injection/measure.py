@@ -10,6 +10,17 @@ from torch import Tensor
 
 from aqn_tune.ledger.rows import FaultMeasure, NoiseMeasure
 
+STANDARD_ERRORS = 6.0
+"""Allowed distance of a measured standard deviation: one false alarm in 10^9 looks."""
+
+
+def within_sampling_error(realised: float, scheduled: float, draws: int) -> bool:
+    """Return whether a standard deviation measured on `draws` normal draws can be the scheduled one."""
+    if draws == 0:
+        return False
+    tolerance = STANDARD_ERRORS / math.sqrt(2 * draws) + 2e-3  # the latter for rounding in float32
+    return abs(realised - scheduled) <= tolerance * scheduled
+
 
 @dataclass
 class FaultTally:
@@ -59,9 +70,6 @@ class NoiseAudit:
     never read, a multiplier that nobody applies or a wrong scale shows as a mismatch.
     """
 
-    SIGMAS = 6.0
-    """Allowed distance in standard errors of a standard deviation: a false alarm in 10^9 looks."""
-
     def __init__(self, replicas: int) -> None:
         self.sums: list[dict[int, list[float]]] = [{} for _ in range(replicas)]
         """By replica and layer: looks, draws, and the summed squares of scheduled and measured noise."""
@@ -80,8 +88,7 @@ class NoiseAudit:
         record[2] += count * scheduled**2
         record[3] += squares
         realised = math.sqrt(squares / count) if count else 0.0
-        tolerance = self.SIGMAS / math.sqrt(2 * count) + 2e-3 if count else 0.0
-        if not abs(realised - scheduled) <= tolerance * scheduled:
+        if not within_sampling_error(realised, scheduled, count):
             self.failures.setdefault(
                 replica,
                 f"noise audit: layer {layer} was scheduled a standard deviation of {scheduled:.6g} "
@@ -92,6 +99,10 @@ class NoiseAudit:
         """Return one row per noised layer, pooled over the audited steps."""
         rows = []
         for layer, (looks, count, scheduled, realised) in sorted(self.sums[replica].items()):
+            if (
+                not count
+            ):  # activations of zero or NaN: there was nothing that noise could scale with
+                continue
             rows.append(
                 NoiseMeasure(
                     layer=layer,

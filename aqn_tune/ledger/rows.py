@@ -15,7 +15,7 @@ class FaultMeasure(Spec):
     """What one fault did during an evaluation, summed over its sites."""
 
     kind: str = Field(description="Kind of the fault.")
-    calls: int = Field(description="Forward calls in which the fault acted.")
+    calls: int = Field(description="Forward calls at which the fault was in place.")
     sites: int = Field(description="Modules that hold the fault.")
     affected_fraction: float = Field(
         description="Share of the values that the unit changed, padding excluded."
@@ -67,7 +67,9 @@ class Audit(Spec):
     fault_calls: int = Field(0, description="Fault applications over the whole training.")
     trainable_parameters: int = Field(0, description="Parameters that were trained.")
     weights_unchanged: bool = Field(
-        True, description="Whether the frozen weights have the same hash as before (LoRA)."
+        True,
+        description="LoRA: frozen weights have the same hash as before; full: no forward or backward "
+        "pass changed a weight.",
     )
 
 

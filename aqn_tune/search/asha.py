@@ -8,10 +8,6 @@ from typing import Any, NamedTuple
 
 from aqn_tune.search.rungs import rung_budget
 
-WORST_VALUE = 1e300
-"""What a value that is not finite counts as in a rung: worse than any loss, and still a number, so
-that the quantile of the rung stays one."""
-
 
 class _Entry(NamedTuple):
     """What Ray's scheduler reads of a trial."""
@@ -62,16 +58,23 @@ class ScenarioASHA:
             self._running.add((scenario, config))
             table.on_trial_add(None, entry)
         finite = value is not None and math.isfinite(value)
-        result = {
-            "rung_budget": rung_budget(self._factor, rung),
-            "value": value if finite else WORST_VALUE,
-        }
-        decision = table.on_trial_result(None, entry, result)
+        # What is not finite counts as the worst of its rung. Any made-up larger number would leak
+        # into the rung's quantile, which Ray interpolates, and let bad configs pass.
+        judged = value if finite else self._worst(scenario, rung)
+        decision = table.CONTINUE
+        if judged is not None:
+            budget = rung_budget(self._factor, rung)
+            decision = table.on_trial_result(None, entry, {"rung_budget": budget, "value": judged})
         goes_on = finite and rung < self._last and decision == table.CONTINUE
         if not goes_on:
             self._running.discard((scenario, config))
             table.on_trial_remove(None, entry)
         return goes_on
+
+    def _worst(self, scenario: str, rung: int) -> float | None:
+        """Return the worst value recorded at a rung so far, None while there is none."""
+        recorded = self.tables()[scenario][rung][1]
+        return max(recorded.values(), default=None)
 
     def tables(self) -> dict[str, list[tuple[float, dict[str, float]]]]:
         """Return, per scenario, (budget, {config: loss}) of each rung from the first to the last."""

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from aqn_tune.errors import UserError
+from aqn_tune.noise.policy import EffectiveNoise
 from aqn_tune.noise.targeting.uniform import Global, NoTargeting
 from aqn_tune.study.arms import ArmSpec
+from aqn_tune.study.layers import resolve_layers
 from aqn_tune.study.runs import Condition, Pack, Run, Setting, Split, pack_key
 from aqn_tune.study.scenario import Scenario
 from aqn_tune.study.schema import Study
@@ -90,13 +92,33 @@ def resolve_run(
             layer_count=layer_count,
             fault_layers=scenario.spec.fault_layers(layer_count),
         )
+    if noise is not None and study.model.dtype == "bfloat16":
+        _refuse_lost_noise(noise)
+    trained = () if arm.healthy_device else scenario.spec.trained()
     return Run(
         training=training,
-        faults=() if arm.healthy_device else scenario.spec.trained(),
+        # Resolved, so that [-1] and [27] are one training.
+        faults=tuple(
+            fault.model_copy(update={"layers": resolve_layers(fault.layers, layer_count)})
+            for fault in trained
+        ),
         noise=noise,
         seed=seed,
         conditions=conditions_of(scenario),
     )
+
+
+BFLOAT16_SIGMA = 2.0**-6
+"""Smallest relative noise that bfloat16 carries: four times the distance of neighbouring numbers."""
+
+
+def _refuse_lost_noise(noise: EffectiveNoise) -> None:
+    smallest = min(s for s in noise.sigma if s > 0) * min(m for m in noise.multipliers if m > 0)
+    if smallest < BFLOAT16_SIGMA:
+        raise UserError(
+            f"noise: a standard deviation of {smallest:.3g} is lost in bfloat16, which resolves "
+            f"{BFLOAT16_SIGMA:.3g}; use model.dtype float32, or a schedule that ends above it"
+        )
 
 
 def twin(arm: ArmSpec, targeting: str) -> ArmSpec | None:
@@ -150,6 +172,7 @@ def stage_cells(
         seed = replicate_seed(study.seed, stage, replicate, generation=generation)
         for scenario in scenarios:
             own = [f for f in finalists if f.scenario == scenario.name]
+            # A finalist's twins carry its config id.
             configs = {f"finalist{f.rank}": f.config for f in own}
             for name, arm in {**named_arms(study), **finalist_arms(own)}.items():
                 try:
@@ -164,7 +187,7 @@ def stage_cells(
                     missing[scenario.name, name] = NotAvailable(scenario.name, name, str(error))
                     continue
                 key = run.training_key(setting)
-                config = configs.get(name, "")
+                config = configs.get(name.partition("_")[0], "")
                 cells.append(Cell(stage, scenario.name, name, config, replicate, run, key))
     return ArmCells(tuple(cells), tuple(missing.values()))
 

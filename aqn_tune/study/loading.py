@@ -59,7 +59,7 @@ def make_setting(study: Study) -> Setting:
         model=study.model,
         task=study.task,
         model_fingerprint=fingerprint(study.model),
-        task_fingerprint="" if study.task.kind == "word_problems" else study.task.fingerprint(),
+        task_fingerprint=study.task.fingerprint(),
         eval_batch_size=study.eval_batch_size,
     )
 

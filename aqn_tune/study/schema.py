@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from aqn_tune.errors import nearest
 from aqn_tune.models.spec import ModelSpec
 from aqn_tune.study.arms import CONTROL_NAMES, ArmSpec, ControlsSpec
 from aqn_tune.study.base import Spec
@@ -67,6 +68,7 @@ class ConfirmSpec(Spec):
     contrasts: tuple[tuple[str, str], ...] = Field(
         (
             ("finalist1", "finalist1_none"),
+            ("finalist1", "finalist1_global"),
             ("global", "fault_only"),
             ("targeted", "fault_only"),
             ("targeted", "global"),
@@ -155,15 +157,16 @@ class Study(Spec):
             if name in CONTROL_NAMES or name.startswith(("finalist", "c0")):
                 raise ValueError(f"arms.{name}: the name is taken by a control or a finalist")
         known = self.arm_names()
-        for arm, reference in self.confirm.contrasts:
+        pairs = self.confirm.contrasts
+        for arm, reference in pairs if "contrasts" in self.confirm.model_fields_set else ():
             for name in (arm, reference):
-                if name not in known and not name.startswith("finalist"):
-                    from aqn_tune.errors import nearest
-
+                if name not in known:
                     raise ValueError(
                         f"confirm.contrasts: unknown arm {name!r}{nearest(name, known)}; "
                         f"allowed are {', '.join(known)}"
                     )
+            if arm == reference or pairs.count((arm, reference)) > 1:
+                raise ValueError(f"confirm.contrasts: {arm} vs {reference} compares nothing new")
         return self
 
     def finalist_count(self) -> int:

@@ -1,0 +1,1 @@
+"""Training: replicas in lockstep, evaluated under named conditions. Knows no Ray."""

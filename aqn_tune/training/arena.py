@@ -37,6 +37,10 @@ class Arena:
         self.optimizers: list[torch.optim.AdamW] = []
         self._parameters: dict[str, nn.Parameter] = {}
 
+    def names(self) -> tuple[str, ...]:
+        """Return the names of all trainable tensors."""
+        return tuple(self._slices)
+
     def view(self, block: Tensor, name: str) -> Tensor:
         """Return the part of `block` [K, P] that belongs to `name`, as a view [K, *shape]."""
         start, shape = self._slices[name]

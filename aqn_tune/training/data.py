@@ -76,8 +76,10 @@ def answer_logits(model: torch.nn.Module, batch: TokenSet) -> Tensor:
 
 
 def token_loss(logits: Tensor, batch: TokenSet) -> TokenLoss:
-    """Return the answer cross-entropy of each row, in nats, in the type of the logits."""
+    """Return the answer cross-entropy of each row, in nats; in float32 for logits of fewer bits."""
     predicted = logits[:, :-1]
+    if predicted.dtype not in (torch.float32, torch.float64):
+        predicted = predicted.float()
     target = batch.tokens[:, batch.first + 1 :]
     mask = batch.answer[:, batch.first + 1 :]
     losses = torch.nn.functional.cross_entropy(

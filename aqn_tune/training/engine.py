@@ -11,13 +11,11 @@ from pathlib import Path
 
 import torch
 
-from aqn_tune.errors import TrainingFailed
+from aqn_tune.errors import UserError
 from aqn_tune.ledger.rows import EvaluationRow, TrainingRow
 from aqn_tune.models.load import base_arrays, build_model, load_tokenizer
-from aqn_tune.models.spec import ModelSpec
 from aqn_tune.study.engine import BaseArrays, Engine, PackTraining, RungReport
 from aqn_tune.study.runs import Pack, Run, Setting, Split
-from aqn_tune.tasks import Task
 from aqn_tune.training.data import TokenSet, load_tokens
 from aqn_tune.training.evaluate import Evaluated, evaluate
 from aqn_tune.training.export import export_adapter, export_full
@@ -25,9 +23,14 @@ from aqn_tune.training.pack import PackState, ReplicaPack
 
 
 @functools.lru_cache(maxsize=8)
-def _tokens(model: ModelSpec, task: Task, max_length: int, split: str) -> TokenSet:
-    """Tokenize a split once per worker process."""
-    return load_tokens(load_tokenizer(model), getattr(task.splits(), split), max_length)
+def _tokens(setting: Setting, max_length: int, split: str) -> TokenSet:
+    """Tokenize a split once per worker process, from the very rows that the study was keyed with."""
+    task = setting.task
+    if setting.task_fingerprint and task.fingerprint() != setting.task_fingerprint:
+        raise UserError(
+            "task: the rows are not those that the study started with; start anew (--fresh)"
+        )
+    return load_tokens(load_tokenizer(setting.model), getattr(task.splits(), split), max_length)
 
 
 class TorchPack:
@@ -55,7 +58,7 @@ class TorchPack:
 
     def _split(self, split: Split | str) -> TokenSet:
         max_length = self._pack.runs[0].training.max_length
-        return _tokens(self._setting.model, self._setting.task, max_length, split)
+        return _tokens(self._setting, max_length, split)
 
     def advance(self) -> RungReport:
         """Train to the next rung and evaluate there; see `PackTraining.advance`."""
@@ -67,7 +70,11 @@ class TorchPack:
             keys = self._keys[offset : offset + len(member.runs)]
             offset += len(member.runs)
             member.train_to(step)
-            audits = [member.audit(replica) for replica in range(len(member.runs))]
+            audits = {
+                replica: member.audit(replica)
+                for replica in range(len(member.runs))
+                if replica not in member.failures
+            }
             started = time.perf_counter()
             evaluations = self._evaluate(member)
             self._eval_seconds += time.perf_counter() - started
@@ -85,22 +92,15 @@ class TorchPack:
         return sum(member.seconds for member in self._members) + self._eval_seconds
 
     def _evaluate(self, member: ReplicaPack) -> list[Evaluated]:
-        data = self._split(self._pack.split)
-        evaluations: list[Evaluated] = []
-        try:
-            for result in evaluate(member, data, self._setting.eval_batch_size):
-                evaluations.append(result)
-        except TrainingFailed as error:
-            for replica in range(len(member.runs)):
-                member.failures.setdefault(replica, str(error))
-            return []
-        for result in evaluations:
-            if not math.isfinite(result.loss):
-                name = f"{result.condition.name} {result.condition.scenario}".strip()
-                member.failures.setdefault(
-                    result.replica, f"{name} loss is {result.loss} at step {member.step}"
-                )
-        return evaluations
+        """Return the evaluations that count; a run of which one does not is marked failed."""
+        split = self._pack.split
+        results = list(
+            evaluate(member, self._split(split), self._setting.eval_batch_size, stream=split)
+        )
+        for result in results:
+            if result.error:
+                member.failures.setdefault(result.replica, result.error)
+        return [result for result in results if result.replica not in member.failures]
 
     def _evaluation_row(
         self, member: ReplicaPack, keys: Sequence[str], result: Evaluated, step: int
@@ -173,7 +173,7 @@ class TorchPack:
         self._eval_seconds = saved["eval_seconds"]
         for member, values in zip(self._members, saved["members"], strict=True):
             member.restore(PackState(**values))
-        self._reported_step = self._members[0].step
+        self._reported_step = self._pack.rungs[self._rung - 1] if self._rung else 0
         self._reported_seconds = self._seconds()
 
     def close(self) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
-from aqn_tune.errors import TrainingFailed
+from aqn_tune.faults import FaultSpec
 from aqn_tune.injection.fold import Entry
 from aqn_tune.injection.injection import Injection
 from aqn_tune.ledger.rows import FaultMeasure
@@ -33,14 +34,19 @@ class Evaluated(NamedTuple):
     exact_match: float
     """Share of rows whose whole answer is predicted, teacher-forced."""
     faults: tuple[FaultMeasure, ...]
+    error: str
+    """What of the fault was not as the condition says; the numbers do not count then."""
 
 
-def evaluate(pack: ReplicaPack, data: TokenSet, batch_size: int) -> Iterator[Evaluated]:
+def evaluate(
+    pack: ReplicaPack, data: TokenSet, batch_size: int, *, stream: str
+) -> Iterator[Evaluated]:
     """Yield every living run of `pack` under each of its conditions, on all rows of `data`.
 
-    Noise is off. Rows are taken in order in batches of `batch_size` (part of a tensor_max fault). The
-    fault counters must agree with the condition's name, else TrainingFailed is raised: a clean
-    evaluation in which a fault acted, or a faulty one in which none did, is not a number.
+    Noise is off. Rows are taken in order in batches of `batch_size` (part of a tensor_max fault), and
+    faults draw from `stream`, a word of its own for each split. What the faults did must agree with
+    the condition's name: a clean evaluation in which a fault changed a value, or a faulty one in which
+    a fault changed none, comes with an `error` and is not a number.
     """
     pairs = [
         (replica, condition)
@@ -50,7 +56,7 @@ def evaluate(pack: ReplicaPack, data: TokenSet, batch_size: int) -> Iterator[Eva
     ]
     size = max(FOLD_TOKENS // (batch_size * data.tokens.shape[1]), 1)
     for start in range(0, len(pairs), size):
-        yield from _evaluate_fold(pack, pairs[start : start + size], data, batch_size)
+        yield from _evaluate_fold(pack, pairs[start : start + size], data, batch_size, stream)
 
 
 def _evaluate_fold(
@@ -58,6 +64,7 @@ def _evaluate_fold(
     pairs: Sequence[tuple[int, Condition]],
     data: TokenSet,
     batch_size: int,
+    stream: str,
 ) -> Iterator[Evaluated]:
     folds = len(pairs)
     normal = KeyedNormal()
@@ -65,7 +72,7 @@ def _evaluate_fold(
     injection = Injection(
         pack.book,
         [Entry(condition.faults) for _, condition in pairs],
-        draw=lambda _, path, out: normal.fill(out, EVAL_SEED, "eval", batch_number, *path),
+        draw=lambda _, path, out: normal.fill(out, EVAL_SEED, "eval", stream, batch_number, *path),
         measure=True,
         shared_draws=True,
     )
@@ -92,24 +99,44 @@ def _evaluate_fold(
         for linear in pack.linears:
             linear.replica_of_fold = None
     for fold, (replica, condition) in enumerate(pairs):
-        measures = _checked(injection, fold, condition, batch_number)
         loss = totals[fold] / tokens[fold]
-        yield Evaluated(replica, condition, loss, exact[fold] / len(data.tokens), measures)
-
-
-def _checked(
-    injection: Injection, fold: int, condition: Condition, batches: int
-) -> tuple[FaultMeasure, ...]:
-    measures = tuple(
-        tally.measure(fold)
-        for (slot, _), tally in zip(injection.fault_sites, injection.tallies, strict=True)
-        if slot.active[fold]
-    )
-    declared = len(condition.faults)
-    acted = sum(int(tally.calls[fold] > 0) for tally in injection.tallies)
-    if acted != declared or any(m.calls != batches * m.sites for m in measures):
-        raise TrainingFailed(
-            f"evaluation audit: condition {condition.name!r} {condition.scenario} declares {declared} "
-            f"faults, {acted} acted in {batches} batches"
+        measures = tuple(
+            tally.measure(fold)
+            for (slot, _), tally in zip(injection.fault_sites, injection.tallies, strict=True)
+            if slot.active[fold]
         )
-    return measures
+        yield Evaluated(
+            replica,
+            condition,
+            loss,
+            exact[fold] / len(data.tokens),
+            measures,
+            error=_disagreement(injection, fold, condition, batch_number, math.isfinite(loss)),
+        )
+
+
+def _disagreement(
+    injection: Injection, fold: int, condition: Condition, batches: int, finite: bool
+) -> str:
+    """Return how what the faults did disagrees with the condition, "" when it does not."""
+    name = f"evaluation audit: condition {condition.name!r} {condition.scenario}".rstrip()
+    declared = sum(not _is_off(fault) for fault in condition.faults)
+    acted = 0
+    for (slot, addresses), tally in zip(injection.fault_sites, injection.tallies, strict=True):
+        changed = float(tally.affected[fold]) > 0 or float(tally.error_energy[fold]) > 0
+        wanted = batches * len(addresses) if slot.active[fold] else 0
+        if int(tally.calls[fold]) != wanted:
+            return (
+                f"{name}: {slot.spec.kind} was in place {int(tally.calls[fold])} times of {wanted}"
+            )
+        if changed and not slot.active[fold]:
+            return f"{name}: {slot.spec.kind} acted, though it is not declared"
+        acted += changed
+    if finite and acted != declared:
+        return f"{name} declares {declared} faults, {acted} changed a value in {batches} batches"
+    return ""
+
+
+def _is_off(fault: FaultSpec) -> bool:
+    """Return whether a fault is declared at a level at which it is the identity."""
+    return all(getattr(fault, name) == off for name, off in fault.per_replica.items())

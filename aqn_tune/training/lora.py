@@ -45,6 +45,7 @@ class ReplicaLinear(nn.Module):
         b: Tensor = self.lora_b
         if self.replica_of_fold is not None:
             a, b = a[self.replica_of_fold], b[self.replica_of_fold]
+        a, b = a.to(x.dtype), b.to(x.dtype)
         folded = x.reshape(a.shape[0], -1, x.shape[-1])
         y: Tensor = self.base_layer(folded)
         # In place: the frozen layer's backward pass needs its input only, and a copy of every

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from aqn_tune.injection.address import AddressBook
 from aqn_tune.injection.fold import Entry
 from aqn_tune.injection.injection import Injection
-from aqn_tune.ledger.rows import Audit
+from aqn_tune.injection.measure import within_sampling_error
+from aqn_tune.ledger.rows import Audit, NoiseMeasure
 from aqn_tune.study.runs import Run
 from aqn_tune.study.training import Full, Lora
 from aqn_tune.training.arena import Arena
@@ -28,6 +29,19 @@ from aqn_tune.training.lora import (
     initialise_adapters,
 )
 from aqn_tune.training.streams import BatchOrder, KeyedNormal
+
+
+def _is_audited(run: Run, step: int) -> bool:
+    """Return whether a step's noise is measured: the first and the last of every sigma.
+
+    A wrong stage, layer or scale shows at the first, a schedule that stops being read at the last.
+    """
+    if run.noise is None or run.noise.sigma[step] == 0:
+        return False
+    sigma = run.noise.sigma
+    begins = step == 0 or sigma[step] != sigma[step - 1]
+    ends = step + 1 == len(sigma) or sigma[step] != sigma[step + 1]
+    return begins or ends
 
 
 class PackState(NamedTuple):
@@ -69,7 +83,9 @@ class ReplicaPack:
         spec = runs[0].training
         self._order = BatchOrder(len(data.tokens), spec.batch_size)
         self._normal = KeyedNormal()
-        dtype = next(model.parameters()).dtype
+        # Adapters of a bfloat16 model are trained in float32, as peft does: small updates would be lost.
+        stored = next(model.parameters()).dtype
+        dtype = torch.float32 if stored == torch.bfloat16 else stored
         if isinstance(spec.method, Lora):
             sites = adapter_sites(model, spec.method)
             shapes = adapter_shapes(sites, spec.method.rank)
@@ -78,7 +94,7 @@ class ReplicaPack:
             self.frozen = dict(model.named_parameters())
             self.linears = attach_adapters(model, self.arena, sites, spec.method)
         else:
-            self.arena = self._full_arena(spec.method, dtype)
+            self.arena = self._full_arena(spec.method, stored)
             self.frozen = {}
         self._frozen_hash = self._hash_frozen()
         self.arena.start_optimizers([run.training for run in runs])
@@ -117,10 +133,15 @@ class ReplicaPack:
         self.injection.begin(
             batch.valid.view(replicas, -1), step=self.step, audited=self._audited(self.step)
         )
+        before = None if self.frozen else self.arena.weights.clone()
         losses = self._replica_losses(batch)
         # A sum, not a mean: each replica's gradient must not depend on how many share the pack.
         torch.autograd.backward(torch.stack(losses).sum())
         self.arena.collect_gradients()
+        if self.step == 1:
+            self._check_gradients()
+        if before is not None and not torch.equal(before, self.arena.weights):
+            self._fail(0, f"weight audit: weights changed before the update of step {self.step}")
         for replica, run in enumerate(self.runs):
             if replica in self.failures:
                 continue
@@ -153,13 +174,11 @@ class ReplicaPack:
         self._normal.fill(out, self.runs[replica].seed, stream, self.step, *place)
 
     def _audited(self, step: int) -> frozenset[int]:
-        """Return the replicas to audit: at the first step of each sigma, where any mistake shows."""
+        """Return the living replicas whose noise is measured in this step."""
         return frozenset(
             replica
             for replica, run in enumerate(self.runs)
-            if run.noise is not None
-            and run.noise.sigma[step] > 0
-            and (step == 0 or run.noise.sigma[step] != run.noise.sigma[step - 1])
+            if replica not in self.failures and _is_audited(run, step)
         )
 
     # -- what was injected -------------------------------------------------------------------------
@@ -167,27 +186,38 @@ class ReplicaPack:
     def audit(self, replica: int) -> Audit:
         """Return what was attached to and injected into one run.
 
-        Marks the run failed when noise or faults acted more or less often than declared, or when
-        the frozen weights changed.
+        What should have been is read from the run, what was from the attached hooks and from
+        measurements. The run is marked failed when they differ, or when frozen weights changed.
         """
         run = self.runs[replica]
-        fault_calls = sum(int(tally.calls[replica]) for tally in self.injection.tallies)
-        noise_calls = self.injection.audit.calls[replica]
+        injection = self.injection
+        fault_calls = sum(int(tally.calls[replica]) for tally in injection.tallies)
+        noise_calls = injection.audit.calls[replica]
+        measures = injection.audit.measures(replica)
+        fault_sites, noise_sites = self._fault_sites(run), self._noise_sites(run)
+        attached_faults = [
+            address.name
+            for slot, addresses in injection.fault_sites
+            if slot.active[replica]
+            for address in addresses
+        ]
+        noisy_steps = sum(s > 0 for s in run.noise.sigma[: self.step]) if run.noise else 0
         for what, got, wanted in (
-            ("fault", fault_calls, self.step * len(self._fault_sites(replica))),
-            ("noise", noise_calls, self._declared_noise_calls(run)),
+            ("fault", sorted(attached_faults), sorted(fault_sites)),
+            ("fault", fault_calls, self.step * len(fault_sites)),
+            ("noise", noise_calls, noisy_steps * len(noise_sites)),
         ):
             if got != wanted:
-                self._fail(
-                    replica, f"{what} audit: {wanted} injections were declared, {got} happened"
-                )
+                self._fail(replica, f"{what} audit: declared {wanted}, happened {got}")
+        for mismatch in self._noise_mismatches(run, measures):
+            self._fail(replica, f"noise audit: {mismatch}")
         unchanged = self._hash_frozen() == self._frozen_hash
         if not unchanged:
             self._fail(replica, "weight audit: frozen weights changed during training")
         return Audit(
-            fault_sites=tuple(self._fault_sites(replica)),
-            noise_sites=tuple(self._noise_sites(run)),
-            noise=self.injection.audit.measures(replica),
+            fault_sites=tuple(attached_faults),
+            noise_sites=tuple(noise_sites),
+            noise=measures,
             noise_calls=noise_calls,
             fault_calls=fault_calls,
             trainable_parameters=self.arena.size,
@@ -197,29 +227,54 @@ class ReplicaPack:
     def _fail(self, replica: int, message: str) -> None:
         self.failures.setdefault(replica, message)
 
-    def _fault_sites(self, replica: int) -> list[str]:
-        return [
-            address.name
-            for slot, addresses in self.injection.fault_sites
-            if slot.active[replica]
-            for address in addresses
-        ]
+    def _fault_sites(self, run: Run) -> list[str]:
+        return [address.name for fault in run.faults for address in self.book.find(fault)]
 
     def _noise_sites(self, run: Run) -> list[str]:
         if run.noise is None:
             return []
-        noise = run.noise
         return [
             address.name
-            for slot, address in self.injection.noise_sites
-            if slot.carrier == noise.carrier and noise.multipliers[address.layer] > 0
+            for layer, multiplier in enumerate(run.noise.multipliers)
+            if multiplier > 0
+            for address in self.book.carrier_sites(run.noise.carrier, layer)
         ]
 
-    def _declared_noise_calls(self, run: Run) -> int:
-        if run.noise is None:
-            return 0
-        noisy_steps = sum(sigma > 0 for sigma in run.noise.sigma[: self.step])
-        return noisy_steps * len(self._noise_sites(run))
+    def _noise_mismatches(self, run: Run, measures: Sequence[NoiseMeasure]) -> Iterator[str]:
+        """Yield each layer whose measured noise is not what the run declares."""
+        looked_at = [
+            sigma
+            for step, sigma in enumerate(run.noise.sigma[: self.step] if run.noise else ())
+            if _is_audited(run, step)
+        ]
+        realised = {measure.layer: measure for measure in measures}
+        multipliers = run.noise.multipliers if run.noise and looked_at else ()
+        rms = math.sqrt(math.fsum(s * s for s in looked_at) / max(len(looked_at), 1))
+        for layer, multiplier in enumerate(multipliers):
+            measure = realised.pop(layer, None)
+            wanted = rms * multiplier
+            if measure is None and wanted > 0:
+                yield f"layer {layer} was scheduled {wanted:.6g} and got none"
+            elif measure is not None and not within_sampling_error(
+                measure.realised, wanted, measure.draws
+            ):
+                yield f"layer {layer} was scheduled {wanted:.6g} and got {measure.realised:.6g}"
+        for layer in realised:
+            yield f"layer {layer} was scheduled none and got noise"
+
+    def _check_gradients(self) -> None:
+        """Fail the runs of which a whole decoder layer gets no gradient: it would train nothing.
+
+        Looked at in step 1: in step 0 only one factor of each adapter has a gradient, the other
+        starts at zero.
+        """
+        for replica in range(len(self.runs)):
+            for layer in range(self.book.layer_count):
+                prefix = f"{self.book.layer_output(layer).name}."
+                names = [name for name in self.arena.names() if name.startswith(prefix)]
+                block = self.arena.gradients
+                if names and not any(self.arena.view(block, n)[replica].any() for n in names):
+                    self._fail(replica, f"gradient audit: layer {layer} gets no gradient")
 
     def _hash_frozen(self) -> str:
         digest = hashlib.sha256()

@@ -3,7 +3,8 @@
 Keyed by place and not by order of drawing: layer 10 gets the same noise whether the arm noises layer
 10 alone or all layers, and a training resumed at step 40 needs no generator state.
 
-Limits: torch promises equal values for one release, platform and device type only; drawn in float32
+Limits: torch's CPU generator takes 32 bits of a seed, so among 100,000 streams about one pair is the
+same by chance. torch promises equal values for one release, platform and device type only; drawn in float32
 on the CPU, they are equal across processes, threads and packs there.
 """
 

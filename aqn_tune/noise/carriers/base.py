@@ -35,7 +35,7 @@ class CarrierSpec(Spec):
         """Return `x` with noise.
 
         Args:
-            x: layer_output: hidden states [K, N, D]; norm_weight: the weight [D].
+            x: layer_output: hidden states [K, N, D]; norm_weight: the weight [K, 1, D].
             sigma: Standard deviation of each replicate, float64 [K, 1, 1]; 0 changes no bit.
             z: Standard normal draws, [K, N, D] or [K, 1, D], fresh at every optimiser step.
         """

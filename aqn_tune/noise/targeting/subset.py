@@ -69,8 +69,8 @@ class Window(TargetingSpec):
 class Random(TargetingSpec):
     """A random set of layers gets noise: the control that tells 'these layers' from 'so few layers'.
 
-    The set is drawn from the layers without a fault as long as there are enough of them, and is the
-    same in every replicate: it belongs to the arm, not to the training seed.
+    The set is drawn from the layers without a fault and is the same in every replicate: it belongs to
+    the arm, not to the training seed.
     """
 
     kind: Literal["random"] = "random"
@@ -87,6 +87,9 @@ class Random(TargetingSpec):
         if not 1 <= count <= layer_count:
             raise UserError(f"targeting random: cannot choose {count} of {layer_count} layers")
         healthy = [layer for layer in range(layer_count) if layer not in set(fault_layers)]
-        pool = healthy if len(healthy) >= count else list(range(layer_count))
+        if len(healthy) < count:
+            raise UserError(
+                f"targeting random: cannot choose {count} of {len(healthy)} healthy layers"
+            )
         draw = random.Random(stream_seed(self.seed, "targeting", "random"))
-        return indicator(tuple(draw.sample(pool, count)), layer_count)
+        return indicator(tuple(draw.sample(healthy, count)), layer_count)
