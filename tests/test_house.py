@@ -128,3 +128,11 @@ def test_no_global_random_state_in_the_library() -> None:
         if any(suspect in line for suspect in suspects) and "default_rng" not in line
     ]
     assert found == []
+
+
+def test_the_readme_has_a_line_for_every_file() -> None:
+    readme = (ROOT.parent / "README.md").read_text()
+    files = [p for p in ROOT.rglob("*.py") if p.name not in ("__init__.py", "__main__.py")]
+    files += [*(ROOT.parent / "experiments").glob("*"), *(ROOT.parent / "search_spaces").glob("*")]
+    missing = [p.name for p in files if f"{p.name} " not in readme]
+    assert missing == []

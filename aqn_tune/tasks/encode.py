@@ -74,7 +74,7 @@ def encode(tokenizer: Any, examples: Sequence[Example], max_length: int) -> Enco
         if len(ids) > max_length:
             raise UserError(
                 f"row {row} needs {len(ids)} tokens and the length is {max_length}: "
-                f"{example.question[:60]!r}; rows are never cut, so set the length to at least "
+                f"{example.question[:60]!r}; rows are never cut, so set training.max_length to at least "
                 f"{_longest(tokenizer, examples)}"
             )
         tokens[row, : len(ids)] = ids
