@@ -338,8 +338,8 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
         progress.stage(MOMENT._replace(finished=9))
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "search 11/40; 2 running, 3 stopped, 1 failed; best b c001 0.2500; 10 min left",
-        "search 13/40; 2 running, 3 stopped, 1 failed; best b c001 0.2500; 10 min left",
+        "search 11/40; 2 running, 3 stopped, 1 failed; best in b: c001 0.2500; 10 min left",
+        "search 13/40; 2 running, 3 stopped, 1 failed; best in b: c001 0.2500; 10 min left",
     ]
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import pytest
@@ -17,8 +20,10 @@ from synthetic import (
 )
 
 from aqn_tune.confirm.lock import check_code, hold_lock, read_locks
-from aqn_tune.confirm.runner import run_confirm, search_gain
+from aqn_tune.confirm.measured import detectable_lines, search_gain
+from aqn_tune.confirm.runner import run_confirm
 from aqn_tune.errors import UserError
+from aqn_tune.evidence.power import mde_sd_units
 from aqn_tune.ledger import Ledger
 from aqn_tune.search.ranking import finalists
 from aqn_tune.study.cells import Finalist
@@ -217,6 +222,62 @@ def test_a_lock_that_was_edited_is_refused(done: Made) -> None:
         hold_lock(folder.lock, held)
 
 
+@pytest.mark.parametrize("key", ["alpha", "margin", "power", "replicates"])
+def test_an_edited_value_of_a_lock_is_seen(done: Made, key: str) -> None:
+    """Planted: a value loosened in the file, which reads perfectly well."""
+    study, folder = done
+    content = json.loads(folder.lock.read_text())
+    content["generations"][0][key] *= 2
+    folder.lock.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="a locked value was edited"):
+        read_locks(folder.lock)
+    with pytest.raises(UserError, match="a locked value was edited"):
+        confirm(study)
+
+
+def test_a_lock_without_its_hashes_is_refused(done: Made) -> None:
+    """They are made up for a new lock, never for one that is read."""
+    _, folder = done
+    content = json.loads(folder.lock.read_text())
+    del content["identities"]
+    folder.lock.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="identities: missing"):
+        read_locks(folder.lock)
+
+
+def test_the_detectable_effect_is_in_nats_and_from_the_pairs_of_the_search(done: Made) -> None:
+    study, folder = done
+    ledger = Ledger(folder.ledger)
+    (held,) = read_locks(folder.lock).generations
+
+    def losses(scenario: str, arm: str) -> list[float]:
+        keys = [ledger.cells["search", 0, scenario, arm, i].training_key for i in range(2)]
+        rows = [ledger.evaluation(key, 20, "faulty", scenario, "validation") for key in keys]
+        return [row.loss for row in rows if row and row.loss is not None]
+
+    names = [scenario.name for scenario in make_scenarios(study)]
+    assert [one.scenario for one in held.detectable] == names
+    family = len(names) * len(study.primary_contrasts())
+    for one in held.detectable:
+        # The twins of the finalist did not run in the search.
+        pairs = [p for p in study.primary_contrasts() if not p[0].startswith("finalist")]
+        spreads = [
+            stdev(
+                theirs - ours
+                for ours, theirs in zip(
+                    losses(one.scenario, arm), losses(one.scenario, reference), strict=True
+                )
+            )
+            for arm, reference in pairs
+        ]
+        assert one.contrasts == len(pairs) == 3
+        assert one.sd == pytest.approx(math.sqrt(fmean(sd * sd for sd in spreads)))
+        assert one.effect == pytest.approx(one.sd * mde_sd_units(6, 0.05 / family, 0.8))
+    lines = detectable_lines(held)
+    assert "6 seeds" in lines[0]
+    assert f"{held.detectable[1].effect:.3g} nats per token" in lines[2]
+
+
 def test_two_locks_of_the_same_content_have_the_same_identity(done: Made) -> None:
     (held,) = read_locks(done[1].lock).generations
     later = held.model_copy(update={"created": "2031-01-01T00:00:00+00:00"})
@@ -231,4 +292,6 @@ def test_without_a_search_there_is_no_gain_and_no_finalist(tmp_path: Path) -> No
     (held,) = read_locks(folder.lock).generations
     assert held.gain is held.margin is None
     assert held.finalists == ()
-    assert search_gain(ledger, study) is None
+    assert {(one.contrasts, one.sd, one.effect) for one in held.detectable} == {(0, None, None)}
+    assert "not known in nats" in detectable_lines(held)[1]
+    assert search_gain(ledger, study, make_scenarios(study)) is None

@@ -64,7 +64,7 @@ def test_targeting_is_found_better_where_it_is_and_nowhere_else(
     folder = study_folder(study)
     run_synthetic(study, folder, behaviour=Behaviour(effect=effect, noise_sd=0.01))
     found = verdicts(evidence_of(study, folder))
-    assert len(found) == 8
+    assert len(found) == 10
     for scenario in make_scenarios(study):
         for contrast in ("targeted-vs-fault_only", "targeted-vs-global"):
             verdict = found[f"{scenario.name}/{contrast}"]

@@ -428,3 +428,24 @@ def test_decisions_of_a_study_go_by_position() -> None:
     content["rows"][0]["when"] = [">"]
     with pytest.raises(UserError, match=r"row 1: got 1 verdict\(s\) for 2 contrast\(s\)"):
         matrix_of(DecisionSpec.model_validate(content))
+
+
+def test_a_twin_does_not_take_over_the_search_numbers_of_its_finalist() -> None:
+    """Planted: a twin is recorded with its finalist's config, whose search it was no part of."""
+    twin = [
+        row.model_copy(update={"arm": "finalist1_none", "config": "c003"})
+        if isinstance(row, CellRow)
+        else row
+        for row in arm_rows("global", losses_of("global"))
+    ]
+    (scenario,) = assemble([*ledger(), *twin], DECLARED).scenarios
+    found = {arm.arm: arm.shrinkage for arm in scenario.arms}
+    assert found["finalist1"] is not None
+    assert found["finalist1_none"] is None
+
+
+def test_a_loss_that_is_not_finite_takes_its_exact_match_along() -> None:
+    (scenario,) = assemble([*ledger(), evaluation(LAST, "faulty", None)], DECLARED).scenarios
+    arm = next(arm for arm in scenario.arms if arm.arm == "targeted")
+    assert arm.mean_exact_match is None
+    assert arm.mean_clean_loss is not None

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from aqn_tune.errors import UserError
-from aqn_tune.evidence import Verdict, check_decisions, decide, load_decisions, parse_decisions
+from aqn_tune.evidence import Verdict, check_decisions, decide, parse_decisions
 
 ROWS: list[dict[str, Any]] = [
     {"when": {"noise": ">", "targeting": "~"}, "say": "noise on all layers"},
@@ -103,43 +102,3 @@ def test_a_row_may_be_silent_about_a_declared_contrast() -> None:
 def test_a_missing_verdict_is_an_error() -> None:
     with pytest.raises(KeyError, match="no verdict for contrast 'targeting'"):
         decide(parse_decisions(ROWS), {"noise": Verdict.BETTER})
-
-
-YAML = """
-decisions:
-  - {when: {noise: ">", targeting: ["~", "<"]}, say: noise helps}
-  - {when: {noise: ">", targeting: ">"}, say: targeting helps}
-  - {when: {noise: ["~", "<"], targeting: any}, say: no benefit}
-"""
-
-
-@pytest.mark.parametrize("text", [YAML, YAML.replace("decisions:\n", "")])
-def test_loads_yaml(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "decisions.yaml"
-    path.write_text(text, encoding="utf-8")
-    matrix = load_decisions(path, contrasts=["noise", "targeting"])
-    assert [row.say for row in matrix.rows] == ["noise helps", "targeting helps", "no benefit"]
-    assert decide(matrix, verdicts(">~")).say == "noise helps"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (YAML.replace('["~", "<"]}', "~}"), "an unquoted ~ means 'nothing'"),
-        ("- {when: {noise: >}, say: x}", "the symbols must be quoted"),
-        ("rows: 3", "must be a list of rows"),
-        ("- 3", "must be a list of rows"),
-        ("", "must be a list of rows"),
-    ],
-)
-def test_yaml_errors_name_the_file(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "decisions.yaml"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=message) as caught:
-        load_decisions(path)
-    assert str(caught.value).startswith(str(path))
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none\.yaml: cannot be read \(No such file"):
-        load_decisions(tmp_path / "none.yaml")

@@ -14,6 +14,8 @@ import pytest
 from fake_ledger import DAMAGE, Fake, make_lock_file, write_fake
 
 from aqn_tune.errors import UserError
+from aqn_tune.ledger import Ledger
+from aqn_tune.ledger.rows import EvaluationRow
 from aqn_tune.report.loading import load_results
 from aqn_tune.report.page import context, render_html, render_markdown
 from aqn_tune.report.parquet import run_lines
@@ -164,6 +166,55 @@ def test_a_failed_run_never_becomes_a_number(broken: Results) -> None:
     assert all(line["loss"] is None and line["exact_match"] is None for line in lines)
 
 
+def test_exploratory_numbers_are_shown_apart_and_have_no_verdict(
+    results: Results, markdown: str, html: str
+) -> None:
+    heading = "Exploratory, makes no claims: fault in training and at deployment"
+    assert heading in html
+    assert "Exploratory, makes no claims: fault at deployment only" in markdown
+    rows = [row for row in rows_of(markdown, heading) if row[0] == "threshold 0.1"]
+    pairs = [tuple(row[1].replace("\\", "").split(" vs ")) for row in rows]
+    noised = ("global", "targeted", "healthy", "random", "finalist1", "finalist1_global")
+    wanted = {(arm, reference) for arm in noised for reference in ("fault_only", "global")}
+    assert set(pairs) == wanted - {("global", "global")} - set(results.study.primary_contrasts())
+    assert len(set(pairs)) == len(pairs)
+    healthy = next(row for row in rows if row[1] == r"healthy vs fault\_only")
+    assert float(healthy[2].replace(MINUS, "-")) == pytest.approx(0.0, abs=0.02)
+    random = next(row for row in rows if row[1] == "random vs global")
+    assert float(random[2].replace(MINUS, "-")) == pytest.approx(-0.03, abs=0.02)
+    section = markdown.split(heading)[1].split("\n#")[0]
+    assert not re.search(r"better|worse|equivalent|inconclusive", section)
+
+
+def test_a_fault_that_only_one_scenario_does_not_survive_fails_that_cell_alone(
+    tmp_path: Path,
+) -> None:
+    """Planted: a finished training whose loss is not finite under one scenario's faults."""
+    fake = write_fake(tmp_path, sweep={"faults.0.threshold": [0.1, 0.2], "during": ["eval"]})
+    lost = next(
+        row
+        for row in fake.rows
+        if isinstance(row, EvaluationRow)
+        and (row.split, row.scenario, row.final) == ("test", "eval-threshold0.2", True)
+    )
+    Ledger(fake.folder.ledger).append([lost.model_copy(update={"loss": None})])
+    results = load_results(fake.folder)
+    assert results.makes_claims
+    (run,) = (run for run in results.failed if run.stage == "confirm")
+    assert run.training_key == lost.training_key
+    assert run.error == "faulty loss is not finite"
+    assert run.cells
+    assert all("/eval-threshold0.2/" in cell for cell in run.cells)
+    assert set(run.cells) <= set(verdict_content(results)["failed"])
+    rows = rows_of(render_markdown(context(results)), "Failed runs")
+    assert [row[3] for row in rows if row[0] == "confirm"] == ["faulty loss is not finite"]
+    arms = {
+        row[0]: row for row in rows_of(render_markdown(context(results)), "Arms: threshold 0.2")
+    }
+    assert arms["clean"][1] == arms["clean"][4] == "n/a"
+    assert arms["clean"][7] != "n/a"
+
+
 def test_failed_runs_are_listed_with_their_reason(broken: Results) -> None:
     markdown = render_markdown(context(broken))
     rows = rows_of(markdown, "Failed runs")
@@ -184,7 +235,8 @@ def test_inconclusive_is_never_printed_as_equivalent(tmp_path: Path) -> None:
     assert cards.count(">?</b>") == len(unsure)
     assert "~" not in cards
     assert f"{len(unsure)} inconclusive (?)" in page
-    assert "further seeds" in page or "no feasible number of seeds" in page
+    assert "about 0 further" not in page
+    assert "further seed" in page or "no feasible number of seeds" in page
 
 
 @pytest.mark.parametrize(
@@ -225,7 +277,7 @@ def test_arms_that_cannot_exist_are_listed_with_the_reason(tmp_path: Path) -> No
     everywhere = {"faults": [{"kind": "dead_zone", "layers": "all", "threshold": 0.1}]}
     results = load_results(write_fake(tmp_path, scenario=everywhere, **TWO).folder)
     rows = rows_of(render_markdown(context(results)), "Arms that are not available")
-    assert {row[1] for row in rows} == {"healthy"}
+    assert {row[1] for row in rows} == {"healthy", "random"}
     assert all(row[2] for row in rows)
     assert results.makes_claims
 

@@ -15,11 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_ledger import CONFIGS, STEPS, Fake, write_fake
+from fake_ledger import CONFIGS, STEPS, Fake, confirm_rows, make_study, write_fake
 
-from aqn_tune.ledger.rows import EvaluationRow
+from aqn_tune.ledger import Ledger
+from aqn_tune.ledger.rows import CellRow, EvaluationRow
+from aqn_tune.report.hparams import arm_params, columns, config_params
 from aqn_tune.report.tensorboard import TensorBoardWriter, rebuild
+from aqn_tune.study.arms import ArmSpec
+from aqn_tune.study.cells import named_arms
 from aqn_tune.study.folder import StudyFolder
+from aqn_tune.study.sweep import resolve_scenarios
 
 Curves = dict[str, dict[str, list[tuple[int, float]]]]
 
@@ -146,6 +151,127 @@ def test_a_loss_that_is_not_finite_is_no_point(tmp_path: Path, fake: Fake) -> No
     assert any("loss/clean" in tags for tags in found.values())
 
 
+@pytest.mark.parametrize(("first", "second"), [(8, 6), (6, 8)])
+def test_each_generation_has_the_mean_of_its_own_seeds(
+    tmp_path: Path, first: int, second: int
+) -> None:
+    """Planted: generation 0 with 8 seeds got the mean of the first 6, for generation 1 has 6."""
+    confirm = {"finalists": 1, "replicates": first}
+    fake = write_fake(tmp_path, confirm_spec=confirm, **SMALL)
+    again = make_study(
+        tmp_path, confirm_spec={"finalists": 1, "replicates": second, "generation": 1}, **SMALL
+    )
+    Ledger(fake.folder.ledger).append(list(confirm_rows(again, resolve_scenarios(again))))
+    rebuild(fake.folder, again)
+    curves = read_curves(fake.folder.tensorboard)
+    for stage, seeds in (("confirm", first), ("confirm-g1", second)):
+        arm = f"{stage}/both-threshold0.1/targeted"
+        ends = [curves[f"{arm}/s{seed}"]["loss/faulty"][-1][1] for seed in range(seeds)]
+        assert f"{arm}/s{seeds}" not in curves
+        ((step, mean),) = curves[f"{arm}/mean"]["loss/faulty"]
+        assert (step, mean) == (STEPS, pytest.approx(sum(ends) / seeds, rel=1e-6))
+        assert curves[arm]["final/loss_faulty"] == [(step, mean)]
+
+
+def read_hparams(root: Path, run: str) -> dict[str, Any]:
+    """Return the parameters of one line of the HParams table."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
+
+    for path in (root / run).glob("*tfevents*"):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                if value.tag == metadata.SESSION_START_INFO_TAG:
+                    data = plugin_data_pb2.HParamsPluginData.FromString(
+                        value.metadata.plugin_data.content
+                    )
+                    found = data.session_start_info.hparams
+                    return {
+                        name: getattr(found[name], found[name].WhichOneof("kind")) for name in found
+                    }
+    raise AssertionError(f"{run}: no line")
+
+
+def test_the_hparams_tell_arms_and_twins_apart(tmp_path: Path) -> None:
+    """Planted: `targeted` and `targeted_energy` in one and the same words."""
+    energy = {"noise": {"targeting": "targeted", "normalise": "energy"}}
+    fake = write_fake(tmp_path, arms={"targeted_energy": energy}, **SMALL)
+    rows = [
+        row.model_copy(update={"config": "c000"})
+        if isinstance(row, CellRow) and row.arm.startswith("finalist1")
+        else row
+        for row in fake.rows
+    ]
+    folder = StudyFolder(tmp_path / "live")
+    TensorBoardWriter(folder, fake.study).write(rows)
+
+    def line(arm: str) -> dict[str, Any]:
+        shown = read_hparams(folder.tensorboard, f"confirm/both-threshold0.1/{arm}")
+        assert set(shown) <= set(columns(fake.study, resolve_scenarios(fake.study)))
+        assert shown.pop("arm") == arm
+        return shown
+
+    shared = {"stage": "confirm", "scenario": "both-threshold0.1", "threshold": 0.1}
+    policy = {
+        "carrier": "hidden", "schedule": "geometric", "sigma_start": 0.05, "sigma_ratio": 0.01,
+        "stages": 9.0, "warmup_fraction": 0.1, "targeting": "targeted", "normalise": "none",
+    }  # fmt: skip
+    assert line("targeted") == shared | policy
+    assert line("targeted_energy") == shared | policy | {"normalise": "energy"}
+    assert line("fault_only") == shared | {"targeting": "none"}
+    finalist = shared | policy | CONFIGS[0]
+    assert line("finalist1") == finalist
+    without_window = {k: v for k, v in finalist.items() if not k.startswith("window")}
+    assert line("finalist1_global") == without_window | {"targeting": "global"}
+    assert line("finalist1_none") == shared | {"targeting": "none"}
+
+
+@pytest.mark.parametrize(
+    ("noise", "shown"),
+    [
+        ({"schedule": {"kind": "constant", "sigma": 0.2}},
+         {"schedule": "constant", "sigma_start": 0.2, "sigma_ratio": 1.0, "stages": 1,
+          "warmup_fraction": 0.0}),
+        ({"schedule": {"kind": "geometric", "stages": 4, "warmup_fraction": 0.3}},
+         {"stages": 4, "warmup_fraction": 0.3}),
+        ({"carrier": "rmsnorm_weight"}, {"carrier": "rmsnorm_weight"}),
+        ({"carrier": {"kind": "rmsnorm_weight", "relative": True}},
+         {"carrier": "rmsnorm_weight", "carrier_relative": "true"}),
+        ({"targeting": {"kind": "targeted", "layers": [3, "5-7"]}},
+         {"targeting": "targeted", "layers": "3,5-7"}),
+        ({"targeting": {"kind": "healthy", "layers": "all"}},
+         {"targeting": "healthy", "layers": "all"}),
+        ({"targeting": {"kind": "window", "centre": 4, "width": 2}},
+         {"targeting": "window", "window_centre": 4, "window_width": 2}),
+        ({"targeting": {"kind": "random", "count": 3, "seed": 5}},
+         {"targeting": "random", "random_count": 3, "random_seed": 5}),
+        ({"targeting": {"kind": "multipliers", "values": {2: 0.5}, "default": 0.25}},
+         {"targeting": "multipliers", "multiplier_2": 0.5, "multiplier_default": 0.25}),
+        ({"targeting": {"kind": "multipliers", "values": [1, 0.5]}},
+         {"targeting": "multipliers", "multipliers": "1,0.5"}),
+    ],
+)  # fmt: skip
+def test_every_part_of_a_policy_has_its_column(
+    noise: dict[str, Any], shown: dict[str, Any], tmp_path: Path
+) -> None:
+    plain = arm_params(ArmSpec.model_validate({"noise": {}}))
+    arm = {"noise": noise}
+    assert arm_params(ArmSpec.model_validate(arm)) == plain | shown
+    study = make_study(tmp_path, arms={"own": arm}, **SMALL)
+    table = columns(study, resolve_scenarios(study))
+    for name, value in arm_params(named_arms(study)["own"]).items():
+        assert table[name] is not isinstance(value, str)
+
+
+def test_a_config_keeps_the_numbers_that_were_sampled() -> None:
+    params = {"sigma_start": 0.037, "sigma_ratio": 0.0123, "targeting": "window",
+              "window_centre": 3, "window_width": 2, "learning_rate": 0.003}  # fmt: skip
+    assert config_params(params).items() >= params.items()
+    assert config_params(params, targeting="global")["sigma_ratio"] == 0.0123
+    assert config_params(params, targeting="none") == {"targeting": "none", "learning_rate": 0.003}
+    assert config_params({"targeting": "none"}, targeting="global") == {}
+
+
 class Server:
     """A TensorBoard of its own on the loopback interface."""
 
@@ -229,8 +355,9 @@ def test_tensorboard_lists_every_config_with_the_right_columns(server: Server) -
         time.sleep(0.25)
 
     assert sorted(columns) == sorted([
-        "stage", "scenario", "arm", "threshold", "carrier", "targeting", "sigma_start",
-        "sigma_ratio", "window_centre", "window_width",
+        "stage", "scenario", "arm", "threshold", "carrier", "schedule", "sigma_start",
+        "sigma_ratio", "stages", "warmup_fraction", "targeting", "normalise", "window_centre",
+        "window_width",
     ])  # fmt: skip
     assert len(groups) == expected
     window = groups["search/both-threshold0.1/c000"]["hparams"]

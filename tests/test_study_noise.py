@@ -113,8 +113,11 @@ def test_random_takes_as_many_healthy_layers_as_are_faulty(seed: int) -> None:
     assert multipliers == Random(seed=seed).multipliers(8, (2, 3))
 
 
-def test_random_falls_back_to_all_layers_where_too_few_are_healthy() -> None:
-    assert sum(Random().multipliers(8, (0, 1, 2, 3, 4, 5))) == 6
+def test_random_is_refused_where_too_few_layers_are_healthy() -> None:
+    """Drawn from all layers instead, it could be `targeted` under another name."""
+    assert sum(Random().multipliers(8, (0, 1, 2, 3))) == 4
+    with pytest.raises(UserError, match="cannot choose 6 of 2 healthy layers"):
+        Random().multipliers(8, (0, 1, 2, 3, 4, 5))
 
 
 @pytest.mark.parametrize(

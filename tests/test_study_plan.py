@@ -106,7 +106,7 @@ def test_missing_arms_are_listed_and_leave_the_family(tmp_path: Path) -> None:
     )
     (scenario,) = plan.scenarios
     reasons = {arm.arm: arm.reason for arm in scenario.arms if arm.reason}
-    assert list(reasons) == ["healthy"]
+    assert list(reasons) == ["healthy", "random"]
     assert "every layer is faulty" in reasons["healthy"]
     assert plan.detectable.family == 1
 
@@ -115,10 +115,10 @@ def test_the_family_is_the_one_that_is_declared(tmp_path: Path) -> None:
     study = make_study(tmp_path, sweep={"faults.0.threshold": [0.1, 0.2]})
     declared = declare(study, resolve_scenarios(study), (), margin=None)
     found = make_plan(study).detectable
-    assert found.family == len(declared.family) == 8
-    assert found.level == pytest.approx(0.05 / 8)
+    assert found.family == len(declared.family) == 10
+    assert found.level == pytest.approx(0.05 / 10)
     assert found.floor == 2**-5
-    assert found.effect_sd == pytest.approx(mde_sd_units(6, 0.05 / 8, 0.8), rel=1e-6)
+    assert found.effect_sd == pytest.approx(mde_sd_units(6, 0.05 / 10, 0.8), rel=1e-6)
 
 
 def test_arms_and_schedule_are_spelled_out(tmp_path: Path) -> None:

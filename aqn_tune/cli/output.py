@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from aqn_tune.search.progress import Progress
+    from aqn_tune.search.work import Best
 
 PLAIN_SECONDS = 15.0
 """Seconds between two progress lines where standard error is no terminal."""
@@ -74,6 +75,8 @@ class ProgressLine:
         self._status: Status | None = None
         self._last = 0.0
         self._text = ""
+        self._bests: tuple[Best, ...] = ()
+        self._newest: Best | None = None
 
     def __call__(self, text: str) -> None:
         """Show `text` in place of the line before."""
@@ -90,15 +93,23 @@ class ProgressLine:
         self._text = text
 
     def stage(self, moment: Progress) -> None:
-        """Show a moment of a stage: what is done, runs, was stopped, failed; the best so far."""
+        """Show a moment of a stage: what is done, runs, was stopped, failed; the newest best.
+
+        Losses are compared within a scenario only: over all of them the mildest fault would always
+        have the best. Shown is the scenario whose best config changed last.
+        """
         ended = moment.finished + moment.stopped + moment.failed
         parts = [
             f"{moment.stage} {ended}/{moment.total}",
             f"{moment.running} running, {moment.stopped} stopped, {moment.failed} failed",
         ]
-        if moment.best:
-            best = min(moment.best, key=lambda one: one.value)
-            parts.append(f"best {best.scenario} {best.config} {best.value:.4f}")
+        changed = [best for best in moment.best if best not in self._bests]
+        self._bests = moment.best
+        if changed:
+            self._newest = changed[-1]
+        if moment.best and self._newest is not None:
+            best = self._newest
+            parts.append(f"best in {best.scenario}: {best.config} {best.value:.4f}")
         if moment.seconds_left is not None:
             parts.append(f"{duration(moment.seconds_left)} left")
         self("; ".join(parts))

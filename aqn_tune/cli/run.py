@@ -34,6 +34,9 @@ class Outcome(NamedTuple):
     """Failed trainings that serve a control, an own arm or a finalist."""
     failed_configs: int
     """Failed trainings of search configs: they rank last, and cost the study nothing else."""
+    gaps: tuple[str, ...]
+    """What keeps the report from making claims, one sentence each: runs that broke off, an untrained
+    base that was not evaluated; empty when the study has its verdicts."""
 
 
 def command(
@@ -46,7 +49,8 @@ def command(
 ) -> None:
     """Search, confirm and report. Interrupted or run again, it continues where it was.
 
-    Exits with 1 when a training of an arm failed; the report is written all the same.
+    Exits with 1 when a training of an arm failed, or when the study ends without verdicts; the
+    report is written all the same.
     """
     from aqn_tune.cli.report import show_results
 
@@ -61,6 +65,10 @@ def command(
         progress.note(f"{outcome.failed_configs} trainings of search configs failed")
     if outcome.failed:
         typer.secho(f"{outcome.failed} trainings failed; see the report", fg="red", err=True)
+    if outcome.gaps:
+        reasons = " ".join(outcome.gaps)
+        typer.secho(f"the study ended without verdicts: {reasons}", fg="red", err=True)
+    if outcome.failed or outcome.gaps:
         raise typer.Exit(1)
 
 
@@ -69,7 +77,12 @@ def run_study(
 ) -> Outcome:
     """Bring a study to its report: whatever of it is not in its ledger yet is run.
 
-    Raises UserError before anything is written when the model or the data cannot be used, and
+    Once the confirm generation is locked the search is over: it is not run again. A study that has
+    nothing left is reported by any version of the code; one that has is continued only by the code
+    that it was begun with.
+
+    Raises UserError before anything is written when the model or the data cannot be used, or when
+    the folder cannot be continued; later, when the search did not become complete. Raises
     Interrupted when it was asked to end; running it again continues.
     """
     setting = make_setting(study)
@@ -80,59 +93,87 @@ def run_study(
         set_aside(folder.root)
     _check_folder(folder, study)
     from aqn_tune.confirm.runner import run_confirm
+    from aqn_tune.confirm.standing import standing
     from aqn_tune.ledger import Ledger
-    from aqn_tune.report.manifest import finish_manifest, write_manifest
+    from aqn_tune.report.manifest import finish_manifest, read_manifest, write_manifest
     from aqn_tune.report.tensorboard import TensorBoardWriter
     from aqn_tune.report.write import write_report
     from aqn_tune.search.cluster import ray_session
-    from aqn_tune.search.ranking import finalists
     from aqn_tune.search.runner import run_search
     from aqn_tune.study.calibration import update_calibration
 
     with _locked(folder):
-        write_study(study, folder)
-        write_manifest(folder, study, setting)
         layers = layer_count(study.model)
+        lock, left = standing(study, setting, scenarios, folder, layer_count=layers)
+        if left:
+            check_last_start(folder)
+        # Nothing was written up to here: a run that is refused leaves the folder as it was.
+        write_study(study, folder)
+        if left:
+            write_manifest(folder, study, setting)
         board = TensorBoardWriter(folder, study)
-        # A study that has its verdict has nothing left to run, most likely; then Ray can stay off.
-        session = nullcontext() if folder.verdict.exists() else ray_session(study.compute)
         try:
-            with session:
-                run_search(
-                    study,
-                    setting,
-                    scenarios,
-                    folder,
-                    layer_count=layers,
-                    engine=engine,
-                    listeners=(board.write,),
-                    progress=progress.stage,
-                )
-                ledger = Ledger(folder.ledger)
-                run_confirm(
-                    study,
-                    setting,
-                    scenarios,
-                    folder,
-                    [each for scenario in scenarios for each in finalists(ledger, scenario, study)],
-                    layer_count=layers,
-                    engine=engine,
-                    listeners=(board.write,),
-                    progress=progress.stage,
-                )
+            with ray_session(study.compute) if left else nullcontext():
+                for stage in (run_confirm,) if lock else (run_search, run_confirm):
+                    stage(
+                        study,
+                        setting,
+                        scenarios,
+                        folder,
+                        layer_count=layers,
+                        engine=engine,
+                        listeners=(board.write,),
+                        progress=progress.stage,
+                        announce=progress.note,
+                    )
         finally:
             board.close()
-        update_calibration(study, setting, folder)
-        finish_manifest(folder)
+        if left:
+            update_calibration(study, setting, folder)
+        if left or read_manifest(folder).get("finished") is None:
+            finish_manifest(folder)
         write_report(folder, tensorboard=False)  # the board was written as the rows came in
     return count_failures(folder, Ledger(folder.ledger))
 
 
+def check_last_start(folder: StudyFolder) -> None:
+    """Raise UserError when the code is not that of the study's last start, or that is not known.
+
+    Only starts that had something to run are recorded, so the last one tells the code of all rows.
+    """
+    from aqn_tune.report.manifest import read_manifest
+    from aqn_tune.study.code import code_hash
+
+    if not folder.ledger.exists():
+        return
+    starts = read_manifest(folder).get("starts", [])
+    if not starts:
+        raise UserError(
+            f"{folder.manifest}: missing, so that it is not known which code made the rows of "
+            f"{folder.ledger}; put it back, or start anew (--fresh)"
+        )
+    last = starts[-1]
+    if last["code_hash"] != code_hash():
+        raise UserError(
+            f"{folder.root}: was last run with aqn_tune {last['aqn_tune']}, code "
+            f"{last['code_hash']} (which takes in the releases of its libraries); this is code "
+            f"{code_hash()}. One study cannot mix two versions: finish it with the one it began "
+            "with, or start anew (--fresh)"
+        )
+
+
 def count_failures(folder: StudyFolder, ledger: Ledger) -> Outcome:
-    """Return the outcome of a study from its ledger."""
+    """Return the outcome of a study from its folder."""
+    from aqn_tune.report.loading import load_results
+
     arms = {row.training_key for row in ledger.cells.values() if row.arm != row.config}
     failed = {key for key, row in ledger.trainings.items() if row.status == "failed"}
-    return Outcome(folder, failed=len(failed & arms), failed_configs=len(failed - arms))
+    return Outcome(
+        folder,
+        failed=len(failed & arms),
+        failed_configs=len(failed - arms),
+        gaps=load_results(folder).gaps,
+    )
 
 
 def set_aside(folder: Path) -> Path | None:

@@ -34,7 +34,12 @@ def command(target: Target, overrides: Overrides = None, json: Json = False) -> 
     if state["seconds_since_last_row"] is not None:
         out.print(f"ledger  last row {duration(state['seconds_since_last_row'])} ago")
     out.print(
-        _counts("Trainings", "stage", ("finished", "unfinished", "failed"), state["trainings"])
+        _counts(
+            "Trainings",
+            "stage",
+            ("finished", "unfinished", "stopped", "failed"),
+            state["trainings"],
+        )
     )
     if state["configs"]:
         events = ("asked", "finished", "stopped", "failed")
@@ -51,10 +56,19 @@ def _counts(title: str, what: str, names: Sequence[str], counts: Mapping[str, An
 
 
 def study_status(study: Study, folder: StudyFolder) -> dict[str, Any]:
-    """Return the state of a study as plain data, from its ledger alone."""
+    """Return the state of a study as plain data, from its ledger alone.
+
+    A training is `unfinished` while it waits for its next rung; one whose config has ended, stopped
+    or with another seed failed, takes no further step and counts as `stopped`.
+    """
     ledger = Ledger(folder.ledger)
+    stopped = _stopped_trainings(ledger)
     trainings = {
-        stage: Counter(row.status for row in ledger.trainings.values() if row.stage == stage)
+        stage: Counter(
+            "stopped" if row.status == "unfinished" and key in stopped else row.status
+            for key, row in ledger.trainings.items()
+            if row.stage == stage
+        )
         for stage in ("search", "confirm")
     }
     configs: dict[str, Counter[str]] = {}
@@ -87,3 +101,15 @@ def study_status(study: Study, folder: StudyFolder) -> dict[str, Any]:
             "verdict.json": folder.verdict.exists(),
         },
     }
+
+
+def _stopped_trainings(ledger: Ledger) -> set[str]:
+    """Return the trainings that only configs use which have been stopped or have failed."""
+    ended = {
+        (row.scenario, row.config) for row in ledger.search if row.event in ("stopped", "failed")
+    }
+    users: dict[str, list[bool]] = {}
+    for cell in ledger.cells.values():
+        over = cell.stage == "search" and (cell.scenario, cell.config) in ended
+        users.setdefault(cell.training_key, []).append(over)
+    return {key for key, over in users.items() if all(over)}

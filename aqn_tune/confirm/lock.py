@@ -7,9 +7,9 @@ import json
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from aqn_tune.errors import UserError
 from aqn_tune.study.base import Spec
@@ -20,7 +20,8 @@ from aqn_tune.study.keys import content_hash
 from aqn_tune.study.schema import Study
 from aqn_tune.study.space import Value
 
-LOCK_FORMAT = 1
+LOCK_FORMAT: Final = 2
+"""Raised when a key of the lock file changes its meaning, comes or goes away."""
 
 
 class LockedFinalist(Spec):
@@ -48,6 +49,24 @@ class MissingArm(Spec):
     scenario: str = Field(description="The scenario.")
     arm: str = Field(description="Name of the arm.")
     reason: str = Field(description="Why it cannot exist.")
+
+
+class DetectableEffect(Spec):
+    """What the confirmation can see in one scenario."""
+
+    scenario: str = Field(description="The scenario.")
+    contrasts: int = Field(
+        ge=0,
+        description="Primary contrasts whose arms both ran in the search: the sd is pooled over them.",
+    )
+    sd: float | None = Field(
+        description="Standard deviation of the paired difference in the search, in nats per token; "
+        "null when no contrast could be measured there."
+    )
+    effect: float | None = Field(
+        description="Minimum detectable effect at alpha over the size of the family, in nats per "
+        "token; null without an sd."
+    )
 
 
 class ConfirmLock(Spec):
@@ -79,6 +98,9 @@ class ConfirmLock(Spec):
     margin: float | None = Field(
         description="margin_fraction * gain, in units of loss; null: taken from the confirmation's G."
     )
+    detectable: tuple[DetectableEffect, ...] = Field(
+        (), description="Minimum detectable effect of every scenario, known before the first run."
+    )
     version: str = Field(description="Version of aqn_tune.")
     code: str = Field(description="Hash of the code of aqn_tune.")
     created: str = Field(description="When it was written (UTC, ISO 8601).")
@@ -87,6 +109,14 @@ class ConfirmLock(Spec):
         """Return the hash of what is locked; equal for two locks that differ in their time only."""
         return content_hash(self.model_dump(mode="json", exclude={"created"}))
 
+    def chosen(self) -> tuple[Finalist, ...]:
+        """Return the finalists that were locked."""
+        return tuple(Finalist(f.scenario, f.rank, f.config, f.params) for f in self.finalists)
+
+
+def _identities(data: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(lock.identity() for lock in data["generations"])
+
 
 _ABOUT_THE_WRITING = {"version", "code", "created"}
 
@@ -94,8 +124,22 @@ _ABOUT_THE_WRITING = {"version", "code", "created"}
 class LockFile(Spec):
     """The locks of a study, one per generation; an earlier one is never changed."""
 
-    format: int = Field(LOCK_FORMAT, description="Format of the file.")
+    format: Literal[2] = Field(LOCK_FORMAT, description="Format of the file.")
     generations: tuple[ConfirmLock, ...] = Field((), description="The locks, in the order written.")
+    identities: tuple[str, ...] = Field(
+        default_factory=_identities,
+        description="`ConfirmLock.identity` of each: a lock whose values were edited does not fit it.",
+    )
+
+    @model_validator(mode="after")
+    def _unchanged(self) -> LockFile:
+        now = _identities({"generations": self.generations})
+        if self.identities != now:
+            raise ValueError(
+                f"the locks have the hashes {', '.join(now) or 'none'}, and "
+                f"{', '.join(self.identities) or 'none'} were written: a locked value was edited"
+            )
+        return self
 
     def generation(self, number: int) -> ConfirmLock | None:
         """Return the lock of one generation, None when it was not locked."""
@@ -103,9 +147,22 @@ class LockFile(Spec):
 
 
 def make_lock(
-    study: Study, finalists: Sequence[Finalist], cells: ArmCells, *, gain: float | None
+    study: Study,
+    finalists: Sequence[Finalist],
+    cells: ArmCells,
+    *,
+    gain: float | None,
+    detectable: Sequence[DetectableEffect] = (),
 ) -> ConfirmLock:
-    """Return the lock that a study comes to now."""
+    """Return the lock that a study comes to, given what its search has found.
+
+    Args:
+        study: the resolved study.
+        finalists: the configs that are confirmed.
+        cells: of the confirm stage.
+        gain: G in the search; None without one.
+        detectable: see `aqn_tune.confirm.measured.detectable_effects`.
+    """
     confirm = study.confirm
     seeds = {cell.replicate: cell.run.seed for cell in cells.cells}
     keys: dict[tuple[str, str], list[str]] = {}
@@ -129,6 +186,7 @@ def make_lock(
         margin_fraction=confirm.margin,
         gain=gain,
         margin=None if gain is None else confirm.margin * gain,
+        detectable=tuple(detectable),
         version=metadata.version("aqn_tune"),
         code=code_hash(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -138,18 +196,26 @@ def make_lock(
 def read_locks(path: Path) -> LockFile:
     """Return the locks of a study, none when it was never locked.
 
-    Raises UserError when the file was changed or belongs to another version.
+    Raises UserError when the file was changed (a value edited by hand is seen) or belongs to
+    another version.
     """
     if not path.exists():
         return LockFile()
     try:
-        return LockFile.model_validate_json(path.read_text(encoding="utf-8"))
+        locks = LockFile.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(
-            f"{path}: not a lock file ({'.'.join(map(str, first['loc']))}: {first['msg']}); "
-            "the file was changed, or written by another version"
-        ) from None
+        raise _not_a_lock(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    # In a file they are never made up: there they are what was written with the locks.
+    if "identities" not in locks.model_fields_set:
+        raise _not_a_lock(path, "identities: missing")
+    return locks
+
+
+def _not_a_lock(path: Path, why: str) -> UserError:
+    return UserError(
+        f"{path}: not a lock file ({why}); the file was changed, or written by another version"
+    )
 
 
 def hold_lock(path: Path, wanted: ConfirmLock) -> ConfirmLock:
@@ -162,22 +228,27 @@ def hold_lock(path: Path, wanted: ConfirmLock) -> ConfirmLock:
     held = locks.generation(wanted.generation)
     if held is None:
         generations = (*locks.generations, wanted)
-        _replace(path, LockFile(format=LOCK_FORMAT, generations=generations))
+        _replace(path, LockFile(generations=generations))
         return wanted
+    check_lock(path, held, wanted)
+    return held
+
+
+def check_lock(path: Path, held: ConfirmLock, wanted: ConfirmLock) -> None:
+    """Raise UserError with every difference when a generation is locked to something else."""
     differences = [
         f"  {name}: locked {_short(old)}, now {_short(new)}"
         for name, old, new in _pairs(held, wanted)
         if old != new
     ]
     if differences:
+        newest = max(lock.generation for lock in read_locks(path).generations)
         raise UserError(
             f"{path}: generation {held.generation} was locked on {held.created} to something else:\n"
             + "\n".join(differences)
             + "\nA locked confirmation is not changed or extended; put the study back, or raise "
-            f"confirm.generation to {max(lock.generation for lock in locks.generations) + 1} to "
-            "confirm afresh on new seeds"
+            f"confirm.generation to {newest + 1} to confirm afresh on new seeds"
         )
-    return held
 
 
 def check_code(path: Path, held: ConfirmLock) -> None:
@@ -186,7 +257,7 @@ def check_code(path: Path, held: ConfirmLock) -> None:
         raise UserError(
             f"{path}: generation {held.generation} was locked with aqn_tune {held.version}, code "
             f"{held.code}; this is code {code_hash()}. One confirmation cannot mix two versions: "
-            "finish it with the one it began with, or raise confirm.generation"
+            "finish it with the one it began with, or start anew (--fresh)"
         )
 
 

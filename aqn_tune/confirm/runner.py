@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
-from aqn_tune.confirm.lock import check_code, hold_lock, make_lock
+from aqn_tune.confirm.lock import ConfirmLock, hold_lock, make_lock, read_locks
+from aqn_tune.confirm.measured import detectable_effects, detectable_lines, search_gain
+from aqn_tune.confirm.standing import locked_work
+from aqn_tune.errors import UserError
 from aqn_tune.ledger import Ledger
 from aqn_tune.search.execute import execute
 from aqn_tune.search.progress import ProgressSink
+from aqn_tune.search.ranking import finalists as best_configs
 from aqn_tune.search.record import Recorder, RowListener
+from aqn_tune.search.runner import Announce, announce_broken, search_left
 from aqn_tune.search.state import drop_other_states
-from aqn_tune.search.work import FixedPacks
-from aqn_tune.study.cells import (
-    Cell,
-    Finalist,
-    base_pack,
-    make_packs,
-    stage_cells,
-    unique_runs,
-)
-from aqn_tune.study.code import code_hash
+from aqn_tune.study.cells import Finalist, stage_cells
 from aqn_tune.study.engine import Engine
 from aqn_tune.study.folder import StudyFolder
-from aqn_tune.study.runs import Pack, Setting
+from aqn_tune.study.runs import Setting
 from aqn_tune.study.scenario import Scenario
 from aqn_tune.study.schema import Study
 
@@ -33,48 +28,61 @@ def run_confirm(
     setting: Setting,
     scenarios: Sequence[Scenario],
     folder: StudyFolder,
-    finalists: Sequence[Finalist],
+    finalists: Sequence[Finalist] | None = None,
     *,
     layer_count: int,
     engine: Engine,
     listeners: Iterable[RowListener] = (),
     progress: ProgressSink | None = None,
+    announce: Announce | None = None,
 ) -> None:
     """Run the confirmation of a study, or what is left of it.
 
-    The lock is written before the first run. A generation is run once: what is in the ledger is not
-    run again, and nothing is ever added to it; raise `confirm.generation` for fresh seeds. Arms that
-    come to the same training share it, and packs go through replicate after replicate, so that an
-    interrupted stage is balanced.
+    The lock is written before the first run, once the search is complete; from then on finalists,
+    gain and margin are those of the lock. Arms that come to the same training share it, and packs
+    go through replicate after replicate, so that an interrupted stage is balanced.
 
-    Raises UserError when the study, or the code that would go on, is not the one that the generation
-    was locked to; Interrupted on SIGINT or SIGTERM.
+    The rule of a generation: each run is run until it has ended, in a number or in a failure of its
+    own. A run that broke off (its worker died) has not ended: it is a gap in the report, and the next
+    call tries it again. Verdicts are written only when every run has ended, and after that nothing
+    of the generation is run or changed; raise `confirm.generation` for fresh seeds.
+
+    Args:
+        study: the resolved study.
+        setting: what its runs share.
+        scenarios: its scenarios.
+        folder: its folder.
+        finalists: configs to confirm; None takes the lock's, or before it the best of the search.
+        layer_count: layers of the model.
+        engine: trains.
+        listeners: are given rows as they are written.
+        progress: shows how the stage goes on.
+        announce: shows what the stage can detect before its first run, and what broke off.
+
+    Raises UserError when the search is not complete, or when the study, or the code that would go
+    on, is not the one that the generation was locked to; Interrupted on SIGINT or SIGTERM.
     """
-    ledger = Ledger(folder.ledger)
-    recorder = Recorder(ledger, folder.root, listeners)
-    planned = stage_cells(
+    held = read_locks(folder.lock).generation(study.confirm.generation)
+    if held is None:
+        held = _lock(study, setting, scenarios, folder, finalists, layer_count=layer_count)
+    recorder = Recorder(Ledger(folder.ledger), folder.root, listeners)
+    work, cells = locked_work(
         study,
         setting,
         scenarios,
-        stage="confirm",
+        folder,
+        held,
         layer_count=layer_count,
         finalists=finalists,
-    )
-    gain = search_gain(ledger, study)
-    held = hold_lock(folder.lock, make_lock(study, finalists, planned, gain=gain))
-    recorder.cells(planned.cells, generation=held.generation)
-    work = FixedPacks(
-        confirm_packs(study, scenarios, planned.cells, folder),
-        setting=setting,
         recorder=recorder,
-        state=folder.state,
     )
+    recorder.cells(cells, generation=held.generation)
     drop_other_states(folder.state, "confirm", work.queued)
     if not work.queued:
         return
-    if folder.verdict.exists() and held.code != code_hash():
-        return  # its results have been shown: what broke off then stays as it was shown
-    check_code(folder.lock, held)
+    if announce is not None:
+        for line in detectable_lines(held):
+            announce(line)
     execute(
         work,
         stage="confirm",
@@ -84,57 +92,33 @@ def run_confirm(
         folder=folder,
         progress=progress,
     )
+    announce_broken(work, "confirm", announce)
 
 
-def confirm_packs(
-    study: Study, scenarios: Sequence[Scenario], cells: Sequence[Cell], folder: StudyFolder
-) -> tuple[Pack, ...]:
-    """Return the packs of the confirmation, the untrained base first."""
-    clean = next(cell.run for cell in cells if cell.arm == "clean")
-    packs = make_packs(
-        unique_runs(cells),
-        stage="confirm",
-        prefix=f"g{study.confirm.generation}-",
-        size=study.compute.pack_replicas,
-        rungs=(study.training.steps,),
-        split="test",
-        export=export_folders(study, cells, folder),
+def _lock(
+    study: Study,
+    setting: Setting,
+    scenarios: Sequence[Scenario],
+    folder: StudyFolder,
+    finalists: Sequence[Finalist] | None,
+    *,
+    layer_count: int,
+) -> ConfirmLock:
+    """Lock a generation to what the search has found, once it is complete."""
+    left = search_left(study, setting, scenarios, folder, layer_count=layer_count)
+    if left:
+        raise UserError(
+            "the search is not complete, and nothing is confirmed before it is; run the study again "
+            "to continue it. Left to do:\n" + "\n".join(f"  {one}" for one in left)
+        )
+    ledger = Ledger(folder.ledger)
+    if finalists is None:
+        finalists = [each for one in scenarios for each in best_configs(ledger, one, study)]
+    cells = stage_cells(
+        study, setting, scenarios, stage="confirm", layer_count=layer_count, finalists=finalists
     )
-    return (base_pack(clean, scenarios, stage="confirm", split="test"), *packs)
-
-
-def export_folders(study: Study, cells: Sequence[Cell], folder: StudyFolder) -> dict[str, str]:
-    """Return the adapter folder of each training to export, by training key.
-
-    Arms that share a training share the adapter, under the name of the first of them.
-    """
-    wanted = study.confirm.export
-    folders: dict[str, str] = {}
-    for cell in cells:
-        finalist = bool(cell.config) and not cell.arm.endswith(("_none", "_global"))
-        if wanted == "all" or (wanted == "finalists" and finalist):
-            place = folder.adapters / cell.scenario / cell.arm
-            name = f"g{study.confirm.generation}-s{cell.replicate}"
-            folders.setdefault(cell.training_key, str(place / name))
-    return folders
-
-
-def search_gain(ledger: Ledger, study: Study) -> float | None:
-    """Return G as the search measured it, None when it did not.
-
-    G is the clean validation loss of the untrained base less the mean of the clean arm's.
-    """
-    keys = [
-        row.training_key
-        for row in ledger.cells.values()
-        if row.stage == "search" and row.arm == "clean"
-    ]
-    trained = [
-        ledger.evaluation(key, study.training.steps, "clean", "", "validation") for key in keys
-    ]
-    base = [ledger.evaluation(key, 0, "clean", "", "validation") for key in keys]
-    before = [row.loss for row in base if row is not None and row.loss is not None]
-    after = [row.loss for row in trained if row is not None and row.loss is not None]
-    if not before or not after:
-        return None
-    return before[0] - math.fsum(after) / len(after)
+    gain = search_gain(ledger, study, scenarios)
+    detectable = detectable_effects(ledger, study, scenarios, finalists, cells)
+    return hold_lock(
+        folder.lock, make_lock(study, finalists, cells, gain=gain, detectable=detectable)
+    )

@@ -54,10 +54,8 @@ def detection_power(n: int, effect_in_sd: float, alpha_over_m: float) -> float:
     """Return the chance that a two-sided paired t-test finds an effect, in its true direction."""
     check_alpha(alpha_over_m)
     _check(n, 0.8)
-    from scipy.special import nctdtr
-
     critical = t_quantile(n - 1, 1 - alpha_over_m / 2)
-    return 1 - float(nctdtr(n - 1, abs(effect_in_sd) * math.sqrt(n), critical))
+    return 1 - _chance_below(critical, n - 1, abs(effect_in_sd) * math.sqrt(n))
 
 
 def equivalence_power(n: int, margin_in_sd: float, alpha_over_m: float) -> float:
@@ -68,11 +66,19 @@ def equivalence_power(n: int, margin_in_sd: float, alpha_over_m: float) -> float
     """
     check_alpha(alpha_over_m)
     _check(n, 0.8)
+    critical = t_quantile(n - 1, 1 - alpha_over_m)
+    return max(0.0, 1 - 2 * _chance_below(critical, n - 1, margin_in_sd * math.sqrt(n)))
+
+
+def _chance_below(x: float, degrees: int, shift: float) -> float:
+    """Return P(T <= x) for Student's t with `degrees` of freedom and noncentrality `shift`."""
     from scipy.special import nctdtr
 
-    critical = t_quantile(n - 1, 1 - alpha_over_m)
-    fails = float(nctdtr(n - 1, margin_in_sd * math.sqrt(n), critical))
-    return max(0.0, 1 - 2 * fails)
+    from aqn_tune.study.detectable import noncentral_t_tail
+
+    chance = float(nctdtr(degrees, shift, x))
+    # scipy has no value where exp(-shift^2 / 2) underflows (shift near 38).
+    return chance if math.isfinite(chance) else 1 - noncentral_t_tail(x, degrees, shift)
 
 
 def seeds_needed(

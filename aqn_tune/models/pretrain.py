@@ -65,14 +65,14 @@ class Recipe(BaseModel):
     phases: tuple[Phase, ...] = Field(
         default=(
             Phase(
-                steps=1400,
-                learning_rate=2e-3,
+                steps=1200,
+                learning_rate=4e-3,
                 warmup_steps=100,
-                decay_steps=2400,
+                decay_steps=1600,
                 finetuning_share=0.0,
             ),
             Phase(
-                steps=120,
+                steps=180,
                 learning_rate=1e-3,
                 warmup_steps=0,
                 decay_steps=1600,

@@ -3,6 +3,9 @@
 TensorBoard takes its columns from the first experiment summary that it finds. One summary in the
 root with the union of all columns keeps them right where spaces are conditional and where the
 first config failed; a parameter that a config does not have is left blank.
+
+Arms that were declared, configs of the search and twins of finalists all go by the names of the
+search space, and all show their whole noise policy, defaults included.
 """
 
 from __future__ import annotations
@@ -11,12 +14,32 @@ from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+from aqn_tune.noise.carriers.rmsnorm_weight import RmsnormWeight
+from aqn_tune.noise.policy import NoisePolicy
+from aqn_tune.noise.schedules import Schedule
+from aqn_tune.noise.schedules.constant import Constant
+from aqn_tune.noise.targeting import Targeting
+from aqn_tune.noise.targeting.multipliers import Multipliers
+from aqn_tune.noise.targeting.subset import Healthy, Random, Targeted, Window
 from aqn_tune.study.arms import ArmSpec
+from aqn_tune.study.cells import named_arms, twin
 from aqn_tune.study.scenario import Scenario
 from aqn_tune.study.schema import Study
-from aqn_tune.study.space import Params, Value
+from aqn_tune.study.space import Params, Value, arm_of
 
 FIRST_COLUMNS = ("stage", "scenario", "arm")
+
+POLICY_COLUMNS = {
+    "carrier": False,
+    "schedule": False,
+    "sigma_start": True,
+    "sigma_ratio": True,
+    "stages": True,
+    "warmup_fraction": True,
+    "targeting": False,
+    "normalise": False,
+}
+"""Columns that every noise policy has, and whether they hold numbers."""
 
 
 class Metric(NamedTuple):
@@ -50,17 +73,19 @@ def columns(study: Study, scenarios: Sequence[Scenario]) -> dict[str, bool]:
     for scenario in scenarios:
         for name, value in scenario.values.items():
             table[name] = table.get(name, True) and _is_number(value)
-    table.update({"carrier": False, "targeting": False, "sigma_start": True, "sigma_ratio": True})
-    for arm in study.arms.values():
-        table.update({name: _is_number(value) for name, value in arm_params(arm).items()})
+    table.update(POLICY_COLUMNS)
+    for arm in named_arms(study).values():
+        for name, value in arm_params(arm).items():
+            table[name] = table.get(name, True) and _is_number(value)
     if study.search is not None:
         for name, dimension in study.search.space.dimensions.items():
             if dimension.kind == "choice":
-                table[name] = all(_is_number(value) for value in dimension.values)
-            elif dimension.kind == "fixed":
-                table[name] = _is_number(dimension.value)
+                numeric = all(_is_number(value) for value in dimension.values)
             else:
-                table[name] = True
+                numeric = dimension.kind != "fixed" or _is_number(dimension.value)
+            table[name] = table.get(name, True) and numeric
+            if name.startswith("multiplier_"):
+                table.setdefault("multiplier_default", True)
     return table
 
 
@@ -69,22 +94,89 @@ def _is_number(value: object) -> bool:
 
 
 def arm_params(arm: ArmSpec) -> Params:
-    """Return what an arm that was not searched has in the columns of the search."""
-    params: Params = {}
-    if arm.noise is not None:
-        schedule = arm.noise.schedule.model_dump()
-        params["carrier"] = arm.noise.carrier.kind
-        params["targeting"] = arm.noise.targeting.kind
-        start = schedule.get("sigma_start", schedule.get("sigma"))
-        if start is not None:
-            params["sigma_start"] = float(start)
-            params["sigma_ratio"] = float(schedule.get("sigma_end", start)) / float(start)
-    else:
-        params["targeting"] = "none"
+    """Return what an arm has in the columns: its whole noise policy and what it trains otherwise.
+
+    An arm without noise has targeting `none` and no policy. Left blank are what the study's
+    training decides, and the layers that follow from the scenario's faults.
+    """
+    params: Params = {"targeting": "none"} if arm.noise is None else _policy_params(arm.noise)
     if arm.learning_rate is not None:
         params["learning_rate"] = arm.learning_rate
     if arm.rank is not None:
         params["rank"] = arm.rank
+    return params
+
+
+def config_params(params: Params, *, targeting: str | None = None) -> Params:
+    """Return the columns of a config of the search, or of its twin with another targeting.
+
+    Args:
+        params: as sampled.
+        targeting: `none` or `global` for the twin, None for the config itself.
+    """
+    arm = arm_of(params)
+    if targeting is None:
+        # The sampled numbers last: sigma_ratio is not to come back from a division.
+        return {**arm_params(arm), **params}
+    changed = twin(arm, targeting)
+    if changed is None:
+        return {}
+    shown = arm_params(changed)
+    return {name: params.get(name, value) for name, value in shown.items()} | {
+        "targeting": targeting
+    }
+
+
+def _policy_params(policy: NoisePolicy) -> Params:
+    params: Params = {"carrier": policy.carrier.kind}
+    if isinstance(policy.carrier, RmsnormWeight) and policy.carrier.relative:
+        params["carrier_relative"] = "true"
+    params.update(_schedule_params(policy.schedule))
+    params.update(_targeting_params(policy.targeting))
+    params["normalise"] = policy.normalise
+    return params
+
+
+def _schedule_params(schedule: Schedule) -> Params:
+    if isinstance(schedule, Constant):
+        return {
+            "schedule": schedule.kind,
+            "sigma_start": schedule.sigma,
+            "sigma_ratio": 1.0,
+            "stages": 1,
+            "warmup_fraction": schedule.warmup_fraction,
+        }
+    warmup = schedule.warmup_fraction
+    params: Params = {
+        "schedule": schedule.kind,
+        "sigma_start": schedule.sigma_start,
+        "stages": schedule.stages,
+        "warmup_fraction": 1 / (schedule.stages + 1) if warmup is None else warmup,
+    }
+    if schedule.sigma_start > 0:
+        params["sigma_ratio"] = schedule.sigma_end / schedule.sigma_start
+    return params
+
+
+def _targeting_params(targeting: Targeting) -> Params:
+    params: Params = {"targeting": targeting.kind}
+    if isinstance(targeting, Window):
+        params["window_centre"] = targeting.centre
+        params["window_width"] = targeting.width
+    elif isinstance(targeting, Targeted | Healthy) and targeting.layers is not None:
+        layers = targeting.layers
+        params["layers"] = layers if layers == "all" else ",".join(str(layer) for layer in layers)
+    elif isinstance(targeting, Random):
+        if targeting.count is not None:
+            params["random_count"] = targeting.count
+        if targeting.seed:
+            params["random_seed"] = targeting.seed
+    elif isinstance(targeting, Multipliers):
+        if isinstance(targeting.values, dict):
+            params.update({f"multiplier_{k}": v for k, v in sorted(targeting.values.items())})
+            params["multiplier_default"] = targeting.default
+        else:
+            params["multipliers"] = ",".join(f"{value:g}" for value in targeting.values)
     return params
 
 

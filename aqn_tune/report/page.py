@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, NamedTuple
 
+from aqn_tune.evidence.exploratory import Exploratory
 from aqn_tune.evidence.regimes import Regime
 from aqn_tune.evidence.verdicts import Verdict
 from aqn_tune.report.curve import EXACT_MATCH, LOSS, curve_svg
+from aqn_tune.report.exploratory_table import exploratory_table, explored
 from aqn_tune.report.forest import forest_svg
 from aqn_tune.report.record_tables import cost_table, failed_table, missing_table, search_table
 from aqn_tune.report.results import Results, cell_id
@@ -64,6 +66,7 @@ class Part(NamedTuple):
     forest: str
     contrasts: Table | None
     recovery: Table
+    exploratory: Table | None
     arms: tuple[Table, ...]
 
 
@@ -93,7 +96,7 @@ def answers(results: Results, during: During) -> tuple[Answer, ...]:
     )
 
 
-def _part(results: Results, during: During) -> Part:
+def _part(results: Results, during: During, found: tuple[Exploratory, ...]) -> Part:
     claims = results.makes_claims
     pairs = results.evidence_of(during)
     curves = tuple(curve_svg(results, during, quantity) for quantity in (LOSS, EXACT_MATCH))
@@ -105,6 +108,7 @@ def _part(results: Results, during: During) -> Part:
         forest=forest_svg(results, during) if claims else "",
         contrasts=contrasts_table(results, during) if claims else None,
         recovery=recovery_table(results, during),
+        exploratory=exploratory_table(results, during, found),
         arms=tuple(arms_table(results, scenario, evidence) for scenario, evidence in pairs),
     )
 
@@ -113,6 +117,7 @@ def context(results: Results) -> dict[str, Any]:
     """Return what the templates print."""
     study, declared = results.study, results.evidence.declared
     confirmed = any(cell.stage == "confirm" for cell in results.cells)
+    found = explored(results)
     records = (
         luck_table(results) if results.makes_claims else None,
         search_table(results),
@@ -141,7 +146,7 @@ def context(results: Results) -> dict[str, Any]:
         "detectable": detectable_text(results),
         "given_the_test_set": GIVEN_THE_TEST_SET,
         "legend": legend_table(),
-        "parts": tuple(_part(results, during) for during in results.during_values),
+        "parts": tuple(_part(results, during, found) for during in results.during_values),
         "records": tuple(table for table in records if table is not None),
         "rerun": f"aqn-tune rerun {place} {example}",
         "tensorboard": f"tensorboard --logdir {place}/{results.folder.tensorboard.name}",

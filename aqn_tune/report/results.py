@@ -21,7 +21,7 @@ from aqn_tune.study.schema import Study
 
 
 class FailedRun(NamedTuple):
-    """A training that gives no number."""
+    """A training that gives no number, or none under the faults of some scenario."""
 
     stage: str
     cells: tuple[str, ...]
@@ -139,9 +139,12 @@ class Results:
     def failed(self) -> tuple[FailedRun, ...]:
         """Trainings that failed, with the cells that they leave without a number."""
         users: dict[str, list[CellRow]] = {}
+        lost: dict[str, list[CellRow]] = {}
         for cell in self.cells:
             users.setdefault(cell.training_key, []).append(cell)
-        return tuple(
+            if self._diverged(cell):
+                lost.setdefault(cell.training_key, []).append(cell)
+        broken = tuple(
             FailedRun(
                 stage=row.stage,
                 cells=tuple(cell_id(cell) for cell in users.get(key, ())),
@@ -152,6 +155,27 @@ class Results:
             for key, row in self.trainings.items()
             if row.status == "failed"
         )
+        return broken + tuple(
+            FailedRun(
+                stage=self.trainings[key].stage,
+                cells=tuple(cell_id(cell) for cell in cells),
+                training_key=key,
+                step_reached=self.trainings[key].step_reached,
+                error="faulty loss is not finite",
+            )
+            for key, cells in lost.items()
+        )
+
+    def _diverged(self, cell: CellRow) -> bool:
+        """Return whether a finished training has no finite loss under the faults of the cell."""
+        training = self.trainings.get(cell.training_key)
+        if training is None or training.status != "finished":
+            return False
+        split = "validation" if cell.stage == "search" else "test"
+        row = self.evaluation(
+            cell.training_key, training.step_reached, "faulty", cell.scenario, split
+        )
+        return row is not None and row.loss is None
 
     @cached_property
     def searched(self) -> tuple[SearchedConfig, ...]:

@@ -23,15 +23,16 @@ from aqn_tune.report.hparams import (
     Status,
     arm_params,
     columns,
+    config_params,
     experiment_summary,
     session_end,
     session_start,
 )
-from aqn_tune.study.cells import named_arms, twin
+from aqn_tune.study.cells import named_arms
 from aqn_tune.study.folder import StudyFolder
 from aqn_tune.study.schema import Study
 from aqn_tune.study.seeds import Stage
-from aqn_tune.study.space import Params, arm_of
+from aqn_tune.study.space import Params
 
 EVENT_FILE = "events.out.tfevents.0.aqn_tune"
 
@@ -76,7 +77,9 @@ class TensorBoardWriter:
     """Write rows to TensorBoard as they come. Not thread-safe; rows may come in any order.
 
     Opening it writes the logs anew from the ledger, so that a study which continues has each point
-    once. A non-finite loss is left out, and a mean is written once every replicate has its value.
+    once. A non-finite loss is left out, and a mean is written once every replicate has its value:
+    those that the study declares for its search and its own confirm generation, and those that the
+    ledger has cells of for generations before it.
     """
 
     def __init__(self, folder: StudyFolder, study: Study) -> None:
@@ -87,10 +90,8 @@ class TensorBoardWriter:
         self._values = {scenario.name: scenario.values for scenario in scenarios}
         self._numeric = columns(study, scenarios)
         self._arms = named_arms(study)
-        self._replicates: dict[Stage, int] = {
-            "search": study.search.replicates if study.search else 0,
-            "confirm": study.confirm.replicates,
-        }
+        rows = tuple(Ledger(folder.ledger).rows())
+        self._replicates = _replicates(study, rows)
         self._params: dict[tuple[str, str], Params] = {}
         self._cells: dict[str, list[CellRow]] = {}
         self._lines: dict[_Line, dict[int, str]] = {}
@@ -101,7 +102,7 @@ class TensorBoardWriter:
         self._pending: dict[str, list[tuple[int, Any]]] = {}
         self._begun: set[str] = set()
         self._add("", 0, experiment_summary(study, scenarios))
-        self.write(tuple(Ledger(folder.ledger).rows()))
+        self.write(rows)
         self._remove_strangers()
 
     def write(self, rows: Sequence[LedgerRow]) -> None:
@@ -141,12 +142,13 @@ class TensorBoardWriter:
     def _params_of(self, row: CellRow) -> Params:
         if row.arm in self._arms:
             return arm_params(self._arms[row.arm])
-        params = self._params.get((row.scenario, row.config), {})
-        for targeting in ("none", "global"):
-            if row.arm.endswith(f"_{targeting}") and params:
-                arm = twin(arm_of(params), targeting)
-                return {} if arm is None else arm_params(arm)
-        return params
+        params = self._params.get((row.scenario, row.config))
+        if params is None:
+            return {}
+        targeting = row.arm.rpartition("_")[2]
+        return config_params(
+            params, targeting=targeting if targeting in ("none", "global") else None
+        )
 
     def _search(self, row: SearchRow) -> None:
         if row.event == "asked":
@@ -189,7 +191,7 @@ class TensorBoardWriter:
             return
         seen[cell.replicate] = point.value
         self._scalar(f"{line.name}/s{cell.replicate}", point.tag, point.step, point.value)
-        if len(seen) != self._replicates[cell.stage]:
+        if len(seen) != self._replicates.get((cell.stage, cell.generation)):
             return
         mean = math.fsum(seen.values()) / len(seen)
         self._scalar(f"{line.name}/mean", point.tag, point.step, mean)
@@ -198,7 +200,7 @@ class TensorBoardWriter:
 
     def _end_if_done(self, line: _Line) -> None:
         keys = self._lines[line]
-        if len(keys) != self._replicates[line.stage]:
+        if len(keys) != self._replicates.get((line.stage, line.generation)):
             return
         rows = [self._trainings.get(key) for key in keys.values()]
         states = {row.status if row else "unfinished" for row in rows}
@@ -235,6 +237,19 @@ class TensorBoardWriter:
         for path in self._root.rglob("*tfevents*"):
             if path not in known:
                 path.unlink()
+
+
+def _replicates(study: Study, rows: Sequence[LedgerRow]) -> dict[tuple[Stage, int], int]:
+    """Return how many replicates a stage and generation has."""
+    found: dict[tuple[Stage, int], int] = {}
+    for row in rows:
+        if isinstance(row, CellRow):
+            key = (row.stage, row.generation)
+            found[key] = max(found.get(key, 0), row.replicate + 1)
+    # Cells of a stage that is only just beginning may still be coming.
+    found["confirm", study.confirm.generation] = study.confirm.replicates
+    found["search", 0] = study.search.replicates if study.search else 0
+    return found
 
 
 def _measures(row: EvaluationRow) -> Iterator[tuple[str, float]]:

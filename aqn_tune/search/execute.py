@@ -34,7 +34,8 @@ def execute(
     """Run all of `work` and return when it is done.
 
     Raises Interrupted on SIGINT or SIGTERM, after the trials have ended and with a ledger that the
-    next call continues; UserError for what the user can mend, wherever it was raised.
+    next call continues; UserError for what the user can mend, wherever it was raised; RuntimeError
+    when Ray came to an end with work left.
     """
     with ray_session(compute):
         from ray import tune
@@ -99,6 +100,17 @@ def execute(
             raise driver.fatal
         if driver.stop_asked:
             raise Interrupted(f"the {stage} was interrupted; run the study again to continue it")
+        check_done(work, stage)
+
+
+def check_done(work: Work, stage: Stage) -> None:
+    """Raise RuntimeError when a stage that nobody interrupted left some of its work undone."""
+    tally = work.tally()
+    if tally.left:
+        raise RuntimeError(
+            f"the {stage} came to an end with {tally.left} of {tally.total} trials left; what was "
+            "reported is in the ledger, run the study again to continue"
+        )
 
 
 def _trial_name(trial: Any) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 from aqn_tune.errors import UserError
 from aqn_tune.ledger import Ledger
+from aqn_tune.ledger.broken import BROKE_OFF as BROKE_OFF
+from aqn_tune.ledger.broken import broke_off as broke_off
 from aqn_tune.ledger.ledger import evaluation_id
 from aqn_tune.ledger.rows import CellRow, EvaluationRow, LedgerRow, TrainingRow
 from aqn_tune.study.cells import Cell
@@ -15,10 +17,6 @@ from aqn_tune.study.runs import Pack
 
 RowListener = Callable[[Sequence[LedgerRow]], None]
 """Is given rows right after they are on disk."""
-
-BROKE_OFF = "broke off: "
-"""Begins the error of a training that its worker did not bring to an end (killed, out of memory):
-it says nothing about the training, so that controls and confirm runs are tried again next time."""
 
 _OF_THE_PACK = {"seconds", "pack", "pack_size"}
 
@@ -146,11 +144,6 @@ class Recorder:
                 )
             )
         self.write(rows)
-
-
-def broke_off(row: TrainingRow) -> bool:
-    """Return whether a training failed for a reason outside of it."""
-    return row.status == "failed" and row.error.startswith(BROKE_OFF)
 
 
 def _differs(pack: Pack, known: LedgerRow, row: LedgerRow) -> UserError:

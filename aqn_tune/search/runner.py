@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from aqn_tune.ledger import Ledger
+from aqn_tune.ledger.broken import broke_off
 from aqn_tune.search.execute import execute
 from aqn_tune.search.export import export_optuna
+from aqn_tune.search.history import History
 from aqn_tune.search.progress import ProgressSink
 from aqn_tune.search.record import Recorder, RowListener
 from aqn_tune.search.rungs import rung_steps
 from aqn_tune.search.search_work import SearchWork
 from aqn_tune.search.state import drop_other_states
 from aqn_tune.search.work import FixedPacks
-from aqn_tune.study.cells import base_pack, make_packs, stage_cells, unique_runs
+from aqn_tune.study.cells import Cell, base_pack, make_packs, stage_cells, unique_runs
 from aqn_tune.study.engine import Engine
 from aqn_tune.study.folder import StudyFolder
 from aqn_tune.study.runs import Pack, Setting
 from aqn_tune.study.scenario import Scenario
-from aqn_tune.study.schema import Study
+from aqn_tune.study.schema import SearchSpec, Study
+
+Announce = Callable[[str], None]
+"""Shows a line that stays, for what a stage has to say once."""
 
 
 def run_search(
@@ -31,12 +36,14 @@ def run_search(
     engine: Engine,
     listeners: Iterable[RowListener] = (),
     progress: ProgressSink | None = None,
+    announce: Announce | None = None,
 ) -> None:
     """Run the search of a study, or what is left of it; a study without one does nothing.
 
     Controls come first and are never stopped; then configs, one Optuna study and one ASHA rung table
     per scenario. Everything that happens is in the ledger of `folder`, nothing else is needed to
-    continue. At the end the Optuna studies are exported to `folder.optuna`.
+    continue. At the end the Optuna studies are exported to `folder.optuna`. Controls that broke off
+    are announced and tried again by the next call; `search_left` says whether there are any.
 
     `listeners` are given rows as they are written. Call it inside `ray_session` to share Ray with the
     confirmation; by itself it starts and ends Ray, and only when there is something to run. Raises
@@ -72,8 +79,65 @@ def run_search(
             folder=folder,
             progress=progress,
         )
+    announce_broken(controls, "search", announce)
     if left or not folder.optuna.exists():
         export_optuna(folder.optuna, study.search.space, scenarios, recorder.ledger)
+
+
+def announce_broken(work: FixedPacks, stage: str, announce: Announce | None) -> None:
+    """Announce every pack that broke off, with its reason."""
+    for name, error in work.broken.items():
+        if announce is not None:
+            announce(f"{stage} pack {name} broke off: {error}")
+
+
+def search_left(
+    study: Study,
+    setting: Setting,
+    scenarios: Sequence[Scenario],
+    folder: StudyFolder,
+    *,
+    layer_count: int,
+) -> tuple[str, ...]:
+    """Return what the search of a study still has to do, in phrases; empty when it is complete.
+
+    A control that broke off is left to do, a config that did has failed. Reads the folder and
+    changes nothing.
+    """
+    if study.search is None or study.search.configs == 0:
+        return ()
+    recorder = Recorder(Ledger(folder.ledger), folder.root)
+    cells = stage_cells(study, setting, scenarios, stage="search", layer_count=layer_count).cells
+    controls = FixedPacks(
+        _packs(study, study.search, scenarios, cells),
+        setting=setting,
+        recorder=recorder,
+        state=folder.state,
+    )
+    return (
+        *_controls_left(controls, setting, recorder.ledger),
+        *_configs_left(study.search, scenarios, recorder.ledger),
+    )
+
+
+def _controls_left(controls: FixedPacks, setting: Setting, ledger: Ledger) -> Iterator[str]:
+    for pack in controls.queued:
+        if pack.rungs == (0,):
+            yield "the untrained base has not been evaluated"
+            continue
+        known = [ledger.trainings.get(run.training_key(setting)) for run in pack.runs]
+        errors = [row.error for row in known if row is not None and broke_off(row)]
+        yield f"control pack {pack.name} " + (errors[0] if errors else "is not finished")
+
+
+def _configs_left(spec: SearchSpec, scenarios: Sequence[Scenario], ledger: Ledger) -> Iterator[str]:
+    history = History(scenario.name for scenario in scenarios)
+    for row in ledger.search:
+        history.apply(row)
+    for scenario in scenarios:
+        ended = sum(record.status != "running" for record in history.records(scenario.name))
+        if ended < spec.configs:
+            yield f"{spec.configs - ended} of {spec.configs} configs of {scenario.name}"
 
 
 def control_packs(
@@ -89,13 +153,19 @@ def control_packs(
         raise ValueError("the study has no search")
     cells = stage_cells(study, setting, scenarios, stage="search", layer_count=layer_count).cells
     recorder.cells(cells)
+    return _packs(study, study.search, scenarios, cells)
+
+
+def _packs(
+    study: Study, spec: SearchSpec, scenarios: Sequence[Scenario], cells: Sequence[Cell]
+) -> tuple[Pack, ...]:
     clean = next(cell.run for cell in cells if cell.arm == "clean")
     packs = make_packs(
         unique_runs(cells),
         stage="search",
         prefix="control",
         size=study.compute.pack_replicas,
-        rungs=rung_steps(study.search, study.training.steps),
+        rungs=rung_steps(spec, study.training.steps),
         split="validation",
     )
     return (base_pack(clean, scenarios, stage="search", split="validation"), *packs)

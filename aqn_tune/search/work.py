@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from aqn_tune.ledger import Ledger
-from aqn_tune.search.record import Recorder, broke_off
+from aqn_tune.ledger.broken import broke_off
+from aqn_tune.search.record import Recorder
 from aqn_tune.search.state import drop_state, read_state, state_path
 from aqn_tune.study.engine import RungReport
 from aqn_tune.study.runs import Pack, Run, Setting
@@ -58,7 +59,10 @@ class Work(Protocol):
 
 
 class FixedPacks:
-    """A list of packs known beforehand, run in order and never stopped: controls, confirm runs."""
+    """A list of packs known beforehand, run in order and never stopped: controls, confirm runs.
+
+    A pack that breaks off is tried again when the study is run the next time.
+    """
 
     def __init__(
         self, packs: Iterable[Pack], *, setting: Setting, recorder: Recorder, state: Path
@@ -67,6 +71,8 @@ class FixedPacks:
         self._state = state
         self._keys: dict[str, tuple[str, ...]] = {}
         self._failed: set[str] = set()
+        self.broken: dict[str, str] = {}
+        """Why each pack broke off that did, by name. The untrained base has no row to say it in."""
         self._running: dict[str, Pack] = {}
         self._done = 0
         self._queue: deque[Pack] = deque()
@@ -110,6 +116,7 @@ class FixedPacks:
         """See `Work.broke`."""
         if pack.rungs != (0,):
             self._recorder.broke(pack, self._keys[pack.name], error)
+        self.broken[pack.name] = error
         self._end(pack, failed=True)
 
     def _end(self, pack: Pack, *, failed: bool) -> None:

@@ -47,7 +47,9 @@ def export_adapter(
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # peft 0.21 reads an attribute that transformers 5.23 has renamed.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings(
+            "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
+        )
         model = get_peft_model(build_model(setting.model, base), config)
     modules = dict(model.base_model.model.named_modules())
     with torch.no_grad():

@@ -1,0 +1,168 @@
+"""Where a study stands before it is run: what of it is locked, and whether anything is left to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from aqn_tune.confirm.lock import ConfirmLock, check_code, check_lock, make_lock, read_locks
+from aqn_tune.errors import UserError
+from aqn_tune.ledger import Ledger
+from aqn_tune.search.record import Recorder
+from aqn_tune.search.work import FixedPacks
+from aqn_tune.study.cells import (
+    Cell,
+    Finalist,
+    base_pack,
+    make_packs,
+    stage_cells,
+    unique_runs,
+)
+from aqn_tune.study.folder import StudyFolder
+from aqn_tune.study.runs import Pack, Setting
+from aqn_tune.study.scenario import Scenario
+from aqn_tune.study.schema import Study
+
+
+class Standing(NamedTuple):
+    """Where a study stands."""
+
+    lock: ConfirmLock | None
+    """The lock of its confirm generation; with one the search is over, whatever became of it."""
+    left: bool
+    """Whether something is left to run."""
+
+
+def standing(
+    study: Study,
+    setting: Setting,
+    scenarios: Sequence[Scenario],
+    folder: StudyFolder,
+    *,
+    layer_count: int,
+) -> Standing:
+    """Return where a study stands; reads its folder and writes nothing.
+
+    Call it before a run writes anything, so that a refused run leaves the folder as it was.
+
+    Raises UserError when the folder was locked to, or holds trainings of, another study; when what
+    is left would be run with other code than the lock was written with; when a generation that has
+    its verdicts lacks runs.
+    """
+    held = read_locks(folder.lock).generation(study.confirm.generation)
+    if held is None:
+        cells = stage_cells(study, setting, scenarios, stage="search", layer_count=layer_count)
+        check_recorded(Recorder(Ledger(folder.ledger), folder.root), cells.cells)
+        return Standing(None, left=True)
+    work, _ = locked_work(study, setting, scenarios, folder, held, layer_count=layer_count)
+    return Standing(held, left=bool(work.queued))
+
+
+def locked_work(
+    study: Study,
+    setting: Setting,
+    scenarios: Sequence[Scenario],
+    folder: StudyFolder,
+    held: ConfirmLock,
+    *,
+    layer_count: int,
+    finalists: Sequence[Finalist] | None = None,
+    recorder: Recorder | None = None,
+) -> tuple[FixedPacks, tuple[Cell, ...]]:
+    """Return what is left of a locked generation, and its cells; writes nothing.
+
+    The finalists, the gain and the margin are those of the lock: whatever happens to the search
+    afterwards, what is confirmed does not move. `finalists` that are given have to be the same.
+
+    Raises UserError as `standing` does.
+    """
+    chosen = held.chosen() if finalists is None else finalists
+    cells = stage_cells(
+        study, setting, scenarios, stage="confirm", layer_count=layer_count, finalists=chosen
+    )
+    wanted = make_lock(study, chosen, cells, gain=held.gain, detectable=held.detectable)
+    check_lock(folder.lock, held, wanted)
+    recorder = recorder or Recorder(Ledger(folder.ledger), folder.root)
+    check_recorded(recorder, cells.cells, generation=held.generation)
+    work = FixedPacks(
+        confirm_packs(study, scenarios, cells.cells, folder),
+        setting=setting,
+        recorder=recorder,
+        state=folder.state,
+    )
+    if work.queued:
+        if verdict_written(folder, held):
+            raise UserError(
+                f"{folder.verdict}: holds the verdicts of generation {held.generation}, and yet "
+                f"{folder.ledger} lacks runs of it (packs {', '.join(p.name for p in work.queued)}): "
+                "the ledger was changed. A generation is not run again once its verdicts were "
+                "written; put the ledger back, or raise confirm.generation"
+            )
+        check_code(folder.lock, held)
+    return work, cells.cells
+
+
+def verdict_written(folder: StudyFolder, held: ConfirmLock) -> bool:
+    """Return whether `verdict.json` holds the verdicts of exactly this lock.
+
+    It may be another generation's: there is one file, of the generation reported last.
+    """
+    if not folder.verdict.exists():
+        return False
+    try:
+        content = json.loads(folder.verdict.read_text(encoding="utf-8"))
+        shown = (content["generation"], content["lock_hash"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder.verdict}: cannot be read ({error!r}), so that it is not known whether the "
+            "verdicts of the generation were written; put the file back, or start anew (--fresh)"
+        ) from None
+    return shown == (held.generation, held.identity())
+
+
+def check_recorded(recorder: Recorder, cells: Iterable[Cell], *, generation: int = 0) -> None:
+    """Raise UserError when the ledger holds one of `cells` with another training."""
+    # Given cells that it knows alone, the recorder compares and has nothing to write.
+    recorder.cells(
+        [
+            cell
+            for cell in cells
+            if (cell.stage, generation, cell.scenario, cell.arm, cell.replicate)
+            in recorder.ledger.cells
+        ],
+        generation=generation,
+    )
+
+
+def confirm_packs(
+    study: Study, scenarios: Sequence[Scenario], cells: Sequence[Cell], folder: StudyFolder
+) -> tuple[Pack, ...]:
+    """Return the packs of the confirmation, the untrained base first."""
+    clean = next(cell.run for cell in cells if cell.arm == "clean")
+    packs = make_packs(
+        unique_runs(cells),
+        stage="confirm",
+        prefix=f"g{study.confirm.generation}-",
+        size=study.compute.pack_replicas,
+        rungs=(study.training.steps,),
+        split="test",
+        export=export_folders(study, cells, folder),
+    )
+    return (base_pack(clean, scenarios, stage="confirm", split="test"), *packs)
+
+
+def export_folders(study: Study, cells: Sequence[Cell], folder: StudyFolder) -> dict[str, str]:
+    """Return the adapter folder of each training to export, by training key.
+
+    Arms that share a training share the adapter, under the name of the first of them.
+    """
+    wanted = study.confirm.export
+    folders: dict[str, str] = {}
+    for cell in cells:
+        finalist = bool(cell.config) and not cell.arm.endswith(("_none", "_global"))
+        if wanted == "all" or (wanted == "finalists" and finalist):
+            place = folder.adapters / cell.scenario / cell.arm
+            name = f"g{study.confirm.generation}-s{cell.replicate}"
+            folders.setdefault(cell.training_key, str(place / name))
+    return folders
