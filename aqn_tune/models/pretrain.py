@@ -72,10 +72,17 @@ class Recipe(BaseModel):
                 finetuning_share=0.0,
             ),
             Phase(
-                steps=180,
+                steps=140,
                 learning_rate=1e-3,
                 warmup_steps=0,
                 decay_steps=1600,
+                finetuning_share=0.08,
+            ),
+            Phase(
+                steps=60,
+                learning_rate=5e-4,
+                warmup_steps=0,
+                decay_steps=70,
                 finetuning_share=0.08,
             ),
         ),
