@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from aqn_tune.injection.address import AddressBook
 from aqn_tune.injection.fold import Entry
 from aqn_tune.injection.injection import Injection
-from aqn_tune.injection.measure import within_sampling_error
-from aqn_tune.ledger.rows import Audit, NoiseMeasure
+from aqn_tune.ledger.rows import Audit
 from aqn_tune.study.runs import Run
 from aqn_tune.study.training import Full, Lora
 from aqn_tune.training.arena import Arena
+from aqn_tune.training.audit import audit_run, is_audited, layers_without_gradient
 from aqn_tune.training.data import TokenSet, answer_logits, token_loss
 from aqn_tune.training.learning_rate import learning_rate
 from aqn_tune.training.lora import (
@@ -29,19 +29,6 @@ from aqn_tune.training.lora import (
     initialise_adapters,
 )
 from aqn_tune.training.streams import BatchOrder, KeyedNormal
-
-
-def _is_audited(run: Run, step: int) -> bool:
-    """Return whether a step's noise is measured: the first and the last of every sigma.
-
-    A wrong stage, layer or scale shows at the first, a schedule that stops being read at the last.
-    """
-    if run.noise is None or run.noise.sigma[step] == 0:
-        return False
-    sigma = run.noise.sigma
-    begins = step == 0 or sigma[step] != sigma[step - 1]
-    ends = step + 1 == len(sigma) or sigma[step] != sigma[step + 1]
-    return begins or ends
 
 
 class PackState(NamedTuple):
@@ -139,7 +126,9 @@ class ReplicaPack:
         torch.autograd.backward(torch.stack(losses).sum())
         self.arena.collect_gradients()
         if self.step == 1:
-            self._check_gradients()
+            for replica in range(len(self.runs)):
+                for layer in layers_without_gradient(self.book, self.arena, replica):
+                    self._fail(replica, f"gradient audit: layer {layer} gets no gradient")
         if before is not None and not torch.equal(before, self.arena.weights):
             self._fail(0, f"weight audit: weights changed before the update of step {self.step}")
         for replica, run in enumerate(self.runs):
@@ -178,103 +167,29 @@ class ReplicaPack:
         return frozenset(
             replica
             for replica, run in enumerate(self.runs)
-            if replica not in self.failures and _is_audited(run, step)
+            if replica not in self.failures and is_audited(run, step)
         )
 
     # -- what was injected -------------------------------------------------------------------------
 
     def audit(self, replica: int) -> Audit:
-        """Return what was attached to and injected into one run.
-
-        What should have been is read from the run, what was from the attached hooks and from
-        measurements. The run is marked failed when they differ, or when frozen weights changed.
-        """
-        run = self.runs[replica]
-        injection = self.injection
-        fault_calls = sum(int(tally.calls[replica]) for tally in injection.tallies)
-        noise_calls = injection.audit.calls[replica]
-        measures = injection.audit.measures(replica)
-        fault_sites, noise_sites = self._fault_sites(run), self._noise_sites(run)
-        attached_faults = [
-            address.name
-            for slot, addresses in injection.fault_sites
-            if slot.active[replica]
-            for address in addresses
-        ]
-        noisy_steps = sum(s > 0 for s in run.noise.sigma[: self.step]) if run.noise else 0
-        for what, got, wanted in (
-            ("fault", sorted(attached_faults), sorted(fault_sites)),
-            ("fault", fault_calls, self.step * len(fault_sites)),
-            ("noise", noise_calls, noisy_steps * len(noise_sites)),
-        ):
-            if got != wanted:
-                self._fail(replica, f"{what} audit: declared {wanted}, happened {got}")
-        for mismatch in self._noise_mismatches(run, measures):
-            self._fail(replica, f"noise audit: {mismatch}")
-        unchanged = self._hash_frozen() == self._frozen_hash
-        if not unchanged:
-            self._fail(replica, "weight audit: frozen weights changed during training")
-        return Audit(
-            fault_sites=tuple(attached_faults),
-            noise_sites=tuple(noise_sites),
-            noise=measures,
-            noise_calls=noise_calls,
-            fault_calls=fault_calls,
+        """Return what was attached to and injected into one run, and mark it failed if that is not
+        what it declares, or if frozen weights changed."""
+        audited = audit_run(
+            self.runs[replica],
+            self.injection,
+            self.book,
+            replica=replica,
+            steps=self.step,
             trainable_parameters=self.arena.size,
-            weights_unchanged=unchanged,
+            weights_unchanged=self._hash_frozen() == self._frozen_hash,
         )
+        for mismatch in audited.mismatches:
+            self._fail(replica, mismatch)
+        return audited.audit
 
     def _fail(self, replica: int, message: str) -> None:
         self.failures.setdefault(replica, message)
-
-    def _fault_sites(self, run: Run) -> list[str]:
-        return [address.name for fault in run.faults for address in self.book.find(fault)]
-
-    def _noise_sites(self, run: Run) -> list[str]:
-        if run.noise is None:
-            return []
-        return [
-            address.name
-            for layer, multiplier in enumerate(run.noise.multipliers)
-            if multiplier > 0
-            for address in self.book.carrier_sites(run.noise.carrier, layer)
-        ]
-
-    def _noise_mismatches(self, run: Run, measures: Sequence[NoiseMeasure]) -> Iterator[str]:
-        """Yield each layer whose measured noise is not what the run declares."""
-        looked_at = [
-            sigma
-            for step, sigma in enumerate(run.noise.sigma[: self.step] if run.noise else ())
-            if _is_audited(run, step)
-        ]
-        realised = {measure.layer: measure for measure in measures}
-        multipliers = run.noise.multipliers if run.noise and looked_at else ()
-        rms = math.sqrt(math.fsum(s * s for s in looked_at) / max(len(looked_at), 1))
-        for layer, multiplier in enumerate(multipliers):
-            measure = realised.pop(layer, None)
-            wanted = rms * multiplier
-            if measure is None and wanted > 0:
-                yield f"layer {layer} was scheduled {wanted:.6g} and got none"
-            elif measure is not None and not within_sampling_error(
-                measure.realised, wanted, measure.draws
-            ):
-                yield f"layer {layer} was scheduled {wanted:.6g} and got {measure.realised:.6g}"
-        for layer in realised:
-            yield f"layer {layer} was scheduled none and got noise"
-
-    def _check_gradients(self) -> None:
-        """Fail the runs of which a whole decoder layer gets no gradient: it would train nothing.
-
-        Looked at in step 1: in step 0 only one factor of each adapter has a gradient, the other
-        starts at zero.
-        """
-        for replica in range(len(self.runs)):
-            for layer in range(self.book.layer_count):
-                prefix = f"{self.book.layer_output(layer).name}."
-                names = [name for name in self.arena.names() if name.startswith(prefix)]
-                block = self.arena.gradients
-                if names and not any(self.arena.view(block, n)[replica].any() for n in names):
-                    self._fail(replica, f"gradient audit: layer {layer} gets no gradient")
 
     def _hash_frozen(self) -> str:
         digest = hashlib.sha256()
