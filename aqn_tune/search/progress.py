@@ -22,7 +22,7 @@ class Progress(NamedTuple):
     best: tuple[Best, ...]
     """The best finished config of each scenario that has one."""
     seconds_left: float | None
-    """Estimate from the trials of this session; None before the first has ended."""
+    """Estimate from the trials of this run; None before the first has ended."""
 
 
 ProgressSink = Callable[[Progress], None]

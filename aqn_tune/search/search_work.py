@@ -99,7 +99,7 @@ class SearchWork:
 
     @property
     def waiting(self) -> tuple[Pack, ...]:
-        """The packs that an earlier session may have left a state file for."""
+        """The packs that an earlier run may have left a state file for."""
         configs = (self._opened(scenario, record).pack for scenario, record in self._resumed)
         return (*self._controls.queued, *configs)
 

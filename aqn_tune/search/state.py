@@ -72,7 +72,7 @@ def drop_state(path: Path) -> None:
 
 
 def drop_other_states(folder: Path, stage: str, packs: Iterable[Pack]) -> None:
-    """Delete what earlier sessions left of a stage and none of `packs` can use.
+    """Delete what earlier runs left of a stage and none of `packs` can use.
 
     That is a state whose pack has ended before its file was deleted, and half-written files.
     """
