@@ -91,9 +91,11 @@ def execute(
         try:
             with _signals(driver):
                 tuner.fit()
-        except Exception:
+        except Exception as error:
             if driver.fatal is None:
                 raise
+            # Ray ends in a TuneError because the driver refused to go on: say why it did.
+            raise driver.fatal from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         if driver.fatal is not None:
