@@ -156,6 +156,7 @@ def _evaluations(
                 scenario=condition.scenario, rows=64,
                 split="validation" if cells[0].stage == "search" else "test",
                 loss=loss, exact_match=min(1.0, 0.9 * math.exp(-(loss - 0.4))), faults=faults,
+                draws=condition.draws,
             )  # fmt: skip
 
 

@@ -175,11 +175,12 @@ class Synthetic:
             rows=100,
             loss=loss,
             exact_match=math.exp(-loss),
+            draws=to.draws,
             faults=tuple(
                 FaultMeasure(
                     kind=fault.kind, calls=1, sites=1, affected_fraction=0.5, relative_error=0.1
                 )
-                for fault in to.faults
+                for fault in to.device.faults
             ),
         )
 
@@ -205,8 +206,8 @@ def objective(run: Run, step: int, to: Condition, behaviour: Behaviour) -> float
     if to.name == "clean":
         return clean + seed_effect + own
     offset = dict(behaviour.offsets).get(to.scenario, 0.0)
-    damage = sum(2.0 * float(getattr(fault, "threshold", 0.1)) for fault in to.faults)
-    if run.faults:
+    damage = sum(2.0 * float(getattr(fault, "threshold", 0.1)) for fault in to.device.faults)
+    if run.device.faults:
         damage *= 0.6
     relief = (
         behaviour.effect * _share_on_fault(run, to) * progress * (1.0 - abs(_sigma(run) - 0.05))
@@ -217,7 +218,7 @@ def objective(run: Run, step: int, to: Condition, behaviour: Behaviour) -> float
 def _share_on_fault(run: Run, to: Condition) -> float:
     if run.noise is None:
         return 0.0
-    faulty = {n for fault in to.faults for n in resolve_layers(fault.layers, LAYERS)}
+    faulty = {n for fault in to.device.faults for n in resolve_layers(fault.layers, LAYERS)}
     multipliers = run.noise.multipliers
     on_fault = sum(m * m for layer, m in enumerate(multipliers) if layer in faulty)
     return on_fault / run.noise.energy()

@@ -156,7 +156,7 @@ CASES: dict[str, tuple[tuple[str, str], str, tuple[str, ...]]] = {
     "rank without LoRA": (
         ("", ""),
         "arms={mine: {rank: 4}}",
-        ("arms.mine", "full fine-tuning has no rank"),
+        ("arms.mine.rank", "full fine-tuning has no rank"),
     ),
     "output is a file": (
         ("OUTPUT", "demo.yaml"),
@@ -177,6 +177,116 @@ CASES: dict[str, tuple[tuple[str, str], str, tuple[str, ...]]] = {
         ("", ""),
         "controls.schedule={kind: constant, sigma: 0}",
         ("controls.schedule", "injects nothing"),
+    ),
+    "unknown quantization format": (
+        ("", ""),
+        "scenario.quantization=mxfp5",
+        ("--set", "scenario.quantization", "unknown format 'mxfp5'", "did you mean 'mxfp4'?"),
+    ),
+    "quantizer without a format": (
+        ("", ""),
+        "scenario.quantization={layers: [3]}",
+        ("scenario.quantization", "`format` is missing", "mxfp4, nvfp4, fp8_e4m3, int8"),
+    ),
+    "parameter of another format": (
+        ("", ""),
+        "scenario.quantization=[{format: nvfp4, scale_mode: floor}]",
+        ("scenario.quantization.0.scale_mode", "unknown key", "format, operands"),
+    ),
+    "quantizer beyond the last layer": (
+        ("", ""),
+        "scenario.quantization=[{format: mxfp4}, {format: int8, layers: [28]}]",
+        ("--set", "scenario.quantization.1.layers", "no layer 28 of 28", "0 to 27"),
+    ),
+    "swept quantizer beyond the last layer": (
+        ("  faults.0.threshold:", "  quantization.0.layers: [[3], [28]]\n  faults.0.threshold:"),
+        "scenario.quantization=mxfp4",
+        ("demo.yaml:9", "sweep.quantization.0.layers", "no layer 28 of 28"),
+    ),
+    "swept fault beyond the last layer": (
+        ("[0.01, 0.1]", "[0.1]\n  faults.0.layers: [[10], [28]]"),
+        "",
+        ("demo.yaml:10", "sweep.faults.0.layers", "no layer 28 of 28"),
+    ),
+    "weight of a whole layer": (
+        ("", ""),
+        "scenario.faults.0.site=weight",
+        ("scenario.faults.0.site", "('.') has no weight", "modules: [linear]"),
+    ),
+    "gradient of a frozen weight": (
+        ("      threshold:", "      modules: [linear]\n      threshold:"),
+        "scenario.faults.0.site=grad_weight",
+        ("scenario.faults.0.site", "method lora freezes", "site grad_input"),
+    ),
+    "device that never acts": (
+        ("      threshold:", "      when: train\n      threshold:"),
+        "scenario.during=eval",
+        ("scenario.during", "got 'eval', at which no part of the device acts", "`when`"),
+    ),
+    "adapter path without adapters": (
+        ("study: demo\n", "study: demo\ntraining: {method: {kind: full}}\n"),
+        "scenario.adapter_path=faulty",
+        ("scenario.adapter_path", "got 'faulty'", "no adapters", "allowed is 'exact'"),
+    ),
+    "merging without adapters": (
+        ("study: demo\n", "study: demo\ntraining: {method: {kind: full}}\n"),
+        "sweep.deploy=[unmerged, merged]",
+        ("sweep.deploy", "got 'merged'", "no adapters", "allowed is 'unmerged'"),
+    ),
+    "skipped layer beyond the last": (
+        ("", ""),
+        "arms={mine: {skip: [28]}}",
+        ("arms.mine.skip", "in scenario both-threshold0.01", "no layer 28 of 28"),
+    ),
+    "misspelt word for layers": (
+        ("", ""),
+        "arms={mine: {skip: fualty}}",
+        ("arms.mine.skip", "got 'fualty'", "or a list", "did you mean 'faulty'?"),
+    ),
+    "every layer skipped": (
+        ("", ""),
+        "arms={mine: {skip: all}}",
+        ("arms.mine.skip", "every layer would be left out"),
+    ),
+    "no layer left to train": (
+        ("", ""),
+        "arms={mine: {train_layers: faulty, skip: [10]}}",
+        ("arms.mine.train_layers", "leaves no layer to train"),
+    ),
+    "layer skipped and trained": (
+        ("", ""),
+        "arms={mine: {train_layers: [9, 10], skip: faulty}}",
+        ("arms.mine.train_layers", "layers 10 are left out by `skip`"),
+    ),
+    "noise on a skipped layer": (
+        ("", ""),
+        "arms={mine: {skip: faulty, noise: {}}}",
+        ("arms.mine.noise", "layers 10 are left out by `skip`", "targeting healthy"),
+    ),
+    "faulty device of nothing": (
+        ("      threshold:", "      when: eval\n      threshold:"),
+        "arms={mine: {device: faulty}}",
+        ("arms.mine.device", "got 'faulty'", "`when: eval`"),
+    ),
+    "unknown device": (
+        ("", ""),
+        "arms={mine: {device: broken}}",
+        ("arms.mine.device", "got 'broken'", "'scenario', 'healthy' or 'faulty'"),
+    ),
+    "unknown redraw of the controls": (
+        ("", ""),
+        "controls.redraw=often",
+        ("controls.redraw", "got 'often'", "'step', 'microbatch' or 'forward'"),
+    ),
+    "stop fraction of the whole training": (
+        ("", ""),
+        "search.space.dimensions.stop_fraction={kind: float, low: 0.0, high: 1.0}",
+        ("search.space.dimensions.stop_fraction", "got 1", "numbers from 0 to below 1"),
+    ),
+    "score of no layer": (
+        ("", ""),
+        "search.space.dimensions.score_28={kind: fixed, value: 1}",
+        ("search.space.dimensions.score_28", "no layer 28 of 28"),
     ),
     "every problem at once": (
         ("      threshold: 0.2", "      threshold: x\n      limit: 3"),

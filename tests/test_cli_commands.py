@@ -351,34 +351,6 @@ def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     assert captured.out == captured.err == ""
 
 
-def test_list_names_every_parameter_with_its_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    for what in ("faults", "noise", "targeting", "schedules", "tasks"):
-        assert call(["list", what, "--json"]) == 0
-        found = json.loads(capsys.readouterr().out)
-        assert found
-        for kind, entry in found.items():
-            assert entry["summary"], kind
-            for parameter in entry["parameters"]:
-                assert parameter["description"], (kind, parameter)
-                assert parameter["type"], (kind, parameter)
-        assert call(["list", what]) == 0
-        shown = capsys.readouterr().out
-        assert all(kind in shown for kind in found)
-
-
-def test_list_shows_bounds_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
-    call(["list", "schedules", "--json"])
-    parameters = json.loads(capsys.readouterr().out)["geometric"]["parameters"]
-    assert parameters[0] == {
-        "name": "sigma_start",
-        "type": "number, >= 0",
-        "default": "0.05",
-        "description": "Standard deviation in the first stage.",
-    }
-    assert parameters[3]["default"] == "-"
-    assert parameters[3]["type"] == "number, >= 0, < 1"
-
-
 def test_plan_as_json_and_as_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -43,6 +43,11 @@ def run(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         ["plan", "demo.yaml", "--json"],
         ["list", "faults"],
         ["list", "tasks", "--json"],
+        ["list", "quantization"],
+        ["list", "noise"],
+        ["list", "targeting"],
+        ["list", "schedules"],
+        ["inspect", "--help"],
     ],
 )
 def test_light_commands_load_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
@@ -62,6 +67,23 @@ assert not loaded, loaded
     assert done.returncode == 0, done.stderr
     assert done.stdout
     assert not done.stderr
+
+
+def test_a_wrong_arm_is_refused_before_torch_is_loaded(tmp_path: Path) -> None:
+    space = ROOT / "search_spaces" / "aqn_full.yaml"
+    (tmp_path / "demo.yaml").write_text(STUDY.replace("SPACE", str(space)))
+    code = """
+import sys
+from aqn_tune.cli.app import main
+try:
+    main(["inspect", "demo.yaml", "--arm", "targetd"])
+except SystemExit as stop:
+    assert stop.code == 2, stop.code
+assert "torch" not in sys.modules
+"""
+    done = run(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "did you mean 'targeted'?" in done.stderr
 
 
 def test_the_import_check_would_see_a_heavy_import(tmp_path: Path) -> None:

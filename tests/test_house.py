@@ -69,6 +69,7 @@ FORBIDDEN = {
     },
     "ledger": {"torch", "ray", "aqn_tune.training", "aqn_tune.search", "aqn_tune.report"},
     "faults": {"ray", "transformers", "aqn_tune.training", "aqn_tune.search", "aqn_tune.injection"},
+    "quantization": {"ray", "transformers", "aqn_tune.training", "aqn_tune.injection"},
     "noise": {"ray", "transformers", "aqn_tune.training", "aqn_tune.search", "aqn_tune.injection"},
 }
 

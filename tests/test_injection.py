@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,23 +10,26 @@ import torch
 from tiny import CLEAN, LAYERS, noise, one_pack, save_tiny_model, tiny_setting, tiny_training
 
 from aqn_tune.errors import UserError
-from aqn_tune.faults import DeadZone, Faulted, RelativeGaussian
+from aqn_tune.faults import DeadZone, FaultSpec, RelativeGaussian
+from aqn_tune.injection import apply as apply_module
 from aqn_tune.injection import injection as injection_module
 from aqn_tune.injection.address import AddressBook
+from aqn_tune.injection.draws import keyed_normal
 from aqn_tune.injection.fold import Entry, fault_slots
 from aqn_tune.injection.injection import Injection
 from aqn_tune.models.load import build_model, decoder_layers
 from aqn_tune.noise.carriers.hidden import Hidden
+from aqn_tune.study.device import HEALTHY, Device
 from aqn_tune.study.runs import Condition, Run
+from aqn_tune.study.seeds import stream_seed
 from aqn_tune.training import evaluate as evaluate_module
 from aqn_tune.training import pack as pack_module
 from aqn_tune.training.engine import ENGINE
-from aqn_tune.training.streams import KeyedNormal
 
 torch.set_num_threads(1)
 TRAINING = tiny_training()
 FAULT = DeadZone(layers=(1,), threshold=0.2, reference="tensor_max")
-FAULTY = Condition(name="faulty", scenario="s", faults=(FAULT,))
+FAULTY = Condition(name="faulty", scenario="s", device=Device(faults=(FAULT,)))
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +42,12 @@ def model(folder: Path):
     return build_model(tiny_setting(folder).model)
 
 
-def normal(replica: int, path: tuple, out: torch.Tensor) -> None:
-    KeyedNormal().fill(out, 7, *path)
+def seed_of(replica: int, path: tuple) -> int:
+    return stream_seed(7, *path)
+
+
+def faulty(*faults: FaultSpec) -> Device:
+    return Device(faults=faults)
 
 
 TOKENS = torch.arange(1, 17).view(1, 16)
@@ -113,19 +121,18 @@ def test_a_model_without_rmsnorm_refuses_that_carrier(model) -> None:
     for layer in decoder_layers(model):
         layer.input_layernorm = torch.nn.LayerNorm(32)
         layer.post_attention_layernorm = torch.nn.LayerNorm(32)
-    entry = Entry((), noise(TRAINING, {"carrier": "rmsnorm_weight"}))
+    entry = Entry(HEALTHY, noise(TRAINING, {"carrier": "rmsnorm_weight"}))
     with pytest.raises(UserError, match="use carrier 'hidden'"):
-        Injection(AddressBook(model), [entry], draw=normal)
+        Injection(AddressBook(model), [entry], seed_of=seed_of)
 
 
 def test_noise_comes_before_the_dead_zone_of_the_same_output(model) -> None:
     """After the dead zone it would be useless: it is relative, and dead values are zero."""
     policy = {"schedule": {"kind": "constant", "sigma": 0.5}, "targeting": "targeted"}
-    entry = Entry((FAULT,), noise(TRAINING, policy))
+    entry = Entry(faulty(FAULT), noise(TRAINING, policy))
     plain = hidden_after(model, 1, None)
-    got = hidden_after(model, 1, Injection(AddressBook(model), [entry], draw=normal))
-    z = torch.empty(16, 32)
-    normal(0, ("noise", 1, "1"), z)
+    got = hidden_after(model, 1, Injection(AddressBook(model), [entry], seed_of=seed_of))
+    z = keyed_normal(plain[:1], [seed_of(0, ("noise", 0, 1, "1"))])[0]
     noised = plain[0] + z * 0.5 * plain[0].abs()
     dead = noised.abs() < 0.2 * noised.abs().max()
     assert torch.equal(got[0], torch.where(dead, torch.zeros(()), noised))
@@ -136,7 +143,9 @@ def test_noise_is_functional_and_leaves_no_trace(model, carrier: str) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     policy = {"carrier": carrier, "schedule": {"kind": "constant", "sigma": 0.5}}
     plain = model(input_ids=TOKENS).logits
-    injection = Injection(AddressBook(model), [Entry((), noise(TRAINING, policy))], draw=normal)
+    injection = Injection(
+        AddressBook(model), [Entry(HEALTHY, noise(TRAINING, policy))], seed_of=seed_of
+    )
     with injection:
         injection.begin(VALID)
         noisy = model(input_ids=TOKENS).logits
@@ -147,8 +156,8 @@ def test_noise_is_functional_and_leaves_no_trace(model, carrier: str) -> None:
 
 
 def test_an_exception_in_the_model_removes_every_hook(model) -> None:
-    entry = Entry((FAULT,), noise(TRAINING, {"carrier": "rmsnorm_weight"}))
-    injection = Injection(AddressBook(model), [entry], draw=normal)
+    entry = Entry(faulty(FAULT), noise(TRAINING, {"carrier": "rmsnorm_weight"}))
+    injection = Injection(AddressBook(model), [entry], seed_of=seed_of)
     with pytest.raises(RuntimeError), injection:
         injection.begin(VALID[:, :3])  # a mask of the wrong length
         model(input_ids=TOKENS)
@@ -162,25 +171,25 @@ def test_layer_noise_does_not_depend_on_the_targeting(model) -> None:
     for targeting, seen in draws.items():
         policy = noise(TRAINING, {"schedule": constant, "targeting": targeting})
 
-        def record(replica, path, out, seen=seen):
-            normal(replica, path, out)
-            seen.append((path, out.clone()))
+        def record(replica, path, seen=seen):
+            seen.append((path, seed_of(replica, path)))
+            return seed_of(replica, path)
 
-        injection = Injection(AddressBook(model), [Entry((), policy)], draw=record)
+        injection = Injection(AddressBook(model), [Entry(HEALTHY, policy)], seed_of=record)
         with injection:
             injection.begin(VALID)
             model(input_ids=TOKENS)
     everywhere = dict(draws["global"])
     assert len(everywhere) == LAYERS
     for path, value in draws["targeted"]:
-        assert torch.equal(everywhere[path], value)
+        assert everywhere[path] == value
 
 
 def run_of(policy=None, faults=(FAULT,), **changes) -> Run:
     training = TRAINING.model_copy(update=changes)
     return Run(
         training=training,
-        faults=faults,
+        device=Device(faults=faults),
         noise=noise(training, policy) if policy else None,
         seed=2,
         conditions=(CLEAN, FAULTY),
@@ -192,7 +201,7 @@ def advance(folder: Path, run: Run):
     return ENGINE.open_pack(one_pack(run, rungs=(6,)), setting, ENGINE.load_base(setting)).advance()
 
 
-@pytest.mark.parametrize("carrier", ["hidden", "rmsnorm_weight"])
+@pytest.mark.parametrize("carrier", ["hidden", "rmsnorm_weight", "linear_weight"])
 @pytest.mark.parametrize("targeting", ["global", "targeted", "healthy"])
 def test_realised_noise_equals_the_schedule_at_every_step(
     folder: Path, carrier: str, targeting: str
@@ -211,7 +220,7 @@ def test_realised_noise_equals_the_schedule_at_every_step(
         assert measure.realised == pytest.approx(
             measure.scheduled, rel=6 / (2 * measure.draws) ** 0.5
         )
-    per_layer = 1 if carrier == "hidden" else 2
+    per_layer = {"hidden": 1, "rmsnorm_weight": 2, "linear_weight": 7}[carrier]
     assert row.audit.noise_calls == 5 * len(layers) * per_layer
     assert row.audit.fault_calls == 6
 
@@ -252,7 +261,7 @@ def test_noise_that_is_skipped_fails_the_training(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Noise hooked nowhere: the count of injections differs from the count declared."""
-    monkeypatch.setattr(Injection, "_add_noise", lambda self, site, slot, x: x)
+    monkeypatch.setattr(Injection, "noised", lambda self, address, slot, x, owners: x)
     (row,) = advance(folder, run_of({"targeting": "global"})).trainings
     assert row.status == "failed"
     assert "noise audit: declared 20, happened 0" in row.error
@@ -269,14 +278,14 @@ def test_noise_that_stays_in_the_weights_fails_the_training(
     folder: Path, monkeypatch: pytest.MonkeyPatch, method: str, message: str
 ) -> None:
     """The original added noise into the norms' weights and left it there."""
-    original = Injection._shadow
+    original = Injection.noised
 
-    def sticky(self, site, slots, module, args):
-        original(self, site, slots, module, args)
+    def sticky(self, address, slot, x, owners):
         if self._step == 1:
-            module._parameters["weight"].data.add_(1e-3)
+            address.module._parameters["weight"].data.add_(1e-3)
+        return original(self, address, slot, x, owners)
 
-    monkeypatch.setattr(Injection, "_shadow", sticky)
+    monkeypatch.setattr(Injection, "noised", sticky)
     changes = {"method": {"kind": "full"}} if method == "full" else {}
     run = run_of({"carrier": "rmsnorm_weight"}).model_copy(
         update={"training": tiny_training(**changes)}
@@ -290,9 +299,9 @@ def test_noise_that_stays_in_the_weights_fails_the_training(
 @pytest.mark.parametrize(
     ("plant", "message"),
     [
-        (lambda faults, noise: Entry(faults, None), "noise audit: declared 20, happened 0"),
+        (lambda device, noise, skip: Entry(device), "noise audit: declared 20, happened 0"),
         (
-            lambda faults, noise: Entry((), noise),
+            lambda device, noise, skip: Entry(HEALTHY, noise),
             "fault audit: declared ['model.layers.1'], happened []",
         ),
     ],
@@ -319,8 +328,8 @@ def test_a_schedule_that_is_read_wrongly_fails_the_training(
     def broken(entries, layer_count):
         slots = original(entries, layer_count)
         if bug == "multipliers of one":
-            return [slot._replace(multipliers=(slot.multipliers > 0).double()) for slot in slots]
-        return [slot._replace(sigma=(slot.sigma > 0).double() * 0.001) for slot in slots]
+            return [replace(slot, multipliers=(slot.multipliers > 0).double()) for slot in slots]
+        return [replace(slot, sigma=(slot.sigma > 0).double() * 0.001) for slot in slots]
 
     monkeypatch.setattr(injection_module, "noise_slots", broken)
     policy = {"targeting": {"kind": "multipliers", "values": [0.5, 2, 1, 0.1]}}
@@ -334,8 +343,8 @@ def test_a_layer_without_gradient_fails_the_training(
 ) -> None:
     """A quantiser without a straight-through gradient trains nothing below it."""
 
-    def no_gradient(self, x, params, valid, normal):
-        return original(self, x.detach(), params, valid, normal)
+    def no_gradient(self, x, params, valid, draws):
+        return original(self, x.detach(), params, valid, draws)
 
     original = DeadZone.apply
     monkeypatch.setattr(DeadZone, "apply", no_gradient)
@@ -347,8 +356,14 @@ def test_a_layer_without_gradient_fails_the_training(
 @pytest.mark.parametrize(
     ("plant", "message"),
     [
-        (lambda faults: Entry(()), "condition 'faulty' s declares 1 faults, 0 changed a value"),
-        (lambda faults: Entry((FAULT,)), "condition 'clean' declares 0 faults, 1 changed a value"),
+        (
+            lambda device, skip: Entry(HEALTHY),
+            "condition 'faulty' s declares 1 faults, 0 are attached",
+        ),
+        (
+            lambda device, skip: Entry(faulty(FAULT)),
+            "condition 'clean' declares 0 faults, 1 are attached",
+        ),
     ],
 )
 def test_an_evaluation_under_another_condition_is_not_a_number(
@@ -363,21 +378,18 @@ def test_an_evaluation_under_another_condition_is_not_a_number(
     assert report.evaluations == ()
 
 
-@pytest.mark.parametrize("bug", ["does nothing", "acts where it is off"])
+@pytest.mark.parametrize("bug", ["does nothing", "acts where it is not"])
 def test_a_fault_without_effect_or_without_cause_is_not_a_number(
     folder: Path, monkeypatch: pytest.MonkeyPatch, bug: str
 ) -> None:
     """Hooks that are called prove nothing: what counts is what they changed."""
-    original = DeadZone.apply
     monkeypatch.setattr(evaluate_module, "FOLD_TOKENS", 10**6)  # clean and faulty in one pass
-
-    def broken(self, x, params, valid, normal):
-        if bug == "does nothing":
-            return Faulted(x, torch.zeros_like(x, dtype=torch.bool))
-        everywhere = {"threshold": torch.full_like(params["threshold"], 0.2)}
-        return original(self, x, everywhere, valid, normal)
-
-    monkeypatch.setattr(DeadZone, "apply", broken)
+    if bug == "does nothing":
+        monkeypatch.setattr(DeadZone, "apply", lambda self, x, params, valid, draws: x)
+    else:
+        monkeypatch.setattr(
+            apply_module, "put_back", lambda x, values, active: values.expand_as(x) * 0.5
+        )
     (row,) = advance(folder, run_of()).trainings
     assert row.status == "failed"
     assert "evaluation audit" in row.error
@@ -416,13 +428,15 @@ def test_evaluation_reports_what_the_fault_did(folder: Path) -> None:
 def test_faults_keep_their_declared_order_whatever_the_pack() -> None:
     first = DeadZone(layers=(0,), threshold=0.1)
     second = RelativeGaussian(layers=(0,), modules=(".",), scale=0.1)
-    slots = fault_slots([Entry((first,)), Entry((second,)), Entry((first, second))], LAYERS)
+    slots = fault_slots(
+        [Entry(faulty(first)), Entry(faulty(second)), Entry(faulty(first, second))], LAYERS
+    )
     assert [slot.spec.kind for slot in slots] == ["dead_zone", "relative_gaussian"]
-    assert [slot.active.tolist() for slot in slots] == [[True, False, True], [False, True, True]]
-    crossed = fault_slots([Entry((first, second)), Entry((second, first))], LAYERS)
-    order = [(slot.spec.kind, slot.active.tolist()) for slot in crossed]
+    assert [slot.active for slot in slots] == [(0, 2), (1, 2)]
+    crossed = fault_slots([Entry(faulty(first, second)), Entry(faulty(second, first))], LAYERS)
+    order = [(slot.spec.kind, slot.active) for slot in crossed]
     assert order == [
-        ("dead_zone", [True, False]),
-        ("relative_gaussian", [True, True]),
-        ("dead_zone", [False, True]),
+        ("dead_zone", (0,)),
+        ("relative_gaussian", (0, 1)),
+        ("dead_zone", (1,)),
     ]

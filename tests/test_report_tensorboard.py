@@ -19,11 +19,12 @@ from fake_ledger import CONFIGS, STEPS, Fake, confirm_rows, make_study, write_fa
 
 from aqn_tune.ledger import Ledger
 from aqn_tune.ledger.rows import CellRow, EvaluationRow
-from aqn_tune.report.hparams import arm_params, columns, config_params
+from aqn_tune.report.hparams import arm_params, columns, config_params, session_start
 from aqn_tune.report.tensorboard import TensorBoardWriter, rebuild
 from aqn_tune.study.arms import ArmSpec
 from aqn_tune.study.cells import named_arms
 from aqn_tune.study.folder import StudyFolder
+from aqn_tune.study.space_checks import corners
 from aqn_tune.study.sweep import resolve_scenarios
 
 Curves = dict[str, dict[str, list[tuple[int, float]]]]
@@ -249,6 +250,35 @@ def test_the_hparams_tell_arms_and_twins_apart(tmp_path: Path) -> None:
          {"targeting": "multipliers", "multiplier_2": 0.5, "multiplier_default": 0.25}),
         ({"targeting": {"kind": "multipliers", "values": [1, 0.5]}},
          {"targeting": "multipliers", "multipliers": "1,0.5"}),
+        ({"schedule": {"kind": "geometric", "stop_fraction": 0.2}}, {"stop_fraction": 0.2}),
+        ({"schedule": {"kind": "constant", "sigma": 0.2, "stop_fraction": 0.2}},
+         {"schedule": "constant", "sigma_start": 0.2, "sigma_ratio": 1.0, "stages": 1,
+          "warmup_fraction": 0.0, "stop_fraction": 0.2}),
+        ({"schedule": {"kind": "linear", "sigma_start": 0.1, "sigma_end": 0.0}},
+         {"schedule": "linear", "sigma_start": 0.1, "sigma_ratio": 0.0, "warmup_fraction": 0.0,
+          "stages": None}),
+        ({"schedule": {"kind": "epoch_aware", "epochs": 3, "stop_fraction": 0.1}},
+         {"schedule": "epoch_aware", "epochs": 3, "stages_per_epoch": 5, "stop_fraction": 0.1,
+          "stages": None, "warmup_fraction": None}),
+        ({"carrier": {"kind": "linear_weight", "relative": True}, "redraw": "microbatch"},
+         {"carrier": "linear_weight", "carrier_relative": "true", "redraw": "microbatch"}),
+        ({"targeting": {"kind": "scores", "values": {0: 1, 1: 2.5}, "ceiling": True}},
+         {"targeting": "scores", "score_0": 1.0, "score_1": 2.5, "scores_map": "power",
+          "scores_alpha": 1.0, "scores_ceiling": "true"}),
+        ({"targeting": {"kind": "scores", "values": [1, 2.5], "map": "inverse_linear"}},
+         {"targeting": "scores", "scores": "1,2.5", "scores_map": "inverse_linear",
+          "scores_ceiling": "false"}),
+        ({"targeting": {"kind": "scores", "file": "s.json", "alpha": -2}},
+         {"targeting": "scores", "scores_file": "s.json", "scores_map": "power",
+          "scores_alpha": -2.0, "scores_ceiling": "false"}),
+        ({"targeting": {"kind": "zone", "edge": [0, "26-27"], "edge_multiplier": 0.5}},
+         {"targeting": "zone", "zone_edge_layers": "0,26-27", "zone_edge": 0.5, "zone_middle": 1.0,
+          "zone_boundary": 1.0}),
+        ({"targeting": {"kind": "zone", "middle": ["9-11"], "boundary": 0.5,
+                        "middle_multiplier_after": 0.25}},
+         {"targeting": "zone", "layers": "9-11", "zone_edge": 1.0, "zone_middle": 1.0,
+          "zone_boundary": 0.5, "zone_middle_after": 0.25}),
+        ({"targeting": "depth"}, {"targeting": "depth", "depth_low": 0.4, "depth_high": 0.6}),
     ],
 )  # fmt: skip
 def test_every_part_of_a_policy_has_its_column(
@@ -256,11 +286,123 @@ def test_every_part_of_a_policy_has_its_column(
 ) -> None:
     plain = arm_params(ArmSpec.model_validate({"noise": {}}))
     arm = {"noise": noise}
-    assert arm_params(ArmSpec.model_validate(arm)) == plain | shown
+    expected = {name: value for name, value in (plain | shown).items() if value is not None}
+    assert arm_params(ArmSpec.model_validate(arm)) == expected
     study = make_study(tmp_path, arms={"own": arm}, **SMALL)
     table = columns(study, resolve_scenarios(study))
     for name, value in arm_params(named_arms(study)["own"]).items():
         assert table[name] is not isinstance(value, str)
+
+
+@pytest.mark.parametrize(
+    ("arm", "shown"),
+    [
+        ({}, {}),
+        ({"device": "faulty", "weight_decay": 0.1}, {"device": "faulty", "weight_decay": 0.1}),
+        ({"skip": "faulty", "train_layers": "healthy"},
+         {"skip": "faulty", "train_layers": "healthy"}),
+        ({"skip": [3, "5-7"], "train_layers": [0], "rank": 4, "learning_rate": 0.01},
+         {"skip": "3,5-7", "train_layers": "0", "rank": 4, "learning_rate": 0.01}),
+    ],
+)  # fmt: skip
+def test_what_an_arm_changes_beside_the_noise_has_its_column(
+    arm: dict[str, Any], shown: dict[str, Any], tmp_path: Path
+) -> None:
+    assert arm_params(ArmSpec.model_validate(arm)) == {"targeting": "none"} | shown
+    study = make_study(tmp_path, arms={"own": arm}, **SMALL)
+    table = columns(study, resolve_scenarios(study))
+    beside = {"device", "skip", "train_layers", "rank", "learning_rate", "weight_decay"}
+    assert beside & set(table) == set(shown)
+    for name, value in shown.items():
+        assert table[name] is not isinstance(value, str)
+
+
+SPACES: dict[str, dict[str, Any]] = {
+    "schedules": {
+        "schedule": {"kind": "choice", "values": ["geometric", "linear", "epoch_aware"]},
+        "sigma_start": {"kind": "float", "low": 0.01, "high": 0.1},
+        "epochs": {"kind": "int", "low": 1, "high": 3, "when": {"schedule": ["epoch_aware"]}},
+        "stop_fraction": {"kind": "float", "low": 0.0, "high": 0.5, "when": {"schedule": ["linear"]}},
+    },
+    "carriers": {
+        "carrier": {"kind": "choice", "values": ["hidden", "linear_weight"]},
+        "carrier_relative": {
+            "kind": "choice", "values": [True, False], "when": {"carrier": ["linear_weight"]},
+        },
+        "redraw": {"kind": "choice", "values": ["step", "forward"]},
+    },
+    "targetings": {
+        "targeting": {
+            "kind": "choice", "values": ["none", "scores", "zone", "depth", "multipliers"],
+        },
+        "score_3": {"kind": "float", "low": 0.5, "high": 1.0, "when": {"targeting": ["scores"]}},
+        "layers": {"kind": "choice", "values": ["9-11", "10"], "when": {"targeting": ["zone"]}},
+        "zone_middle": {"kind": "float", "low": 0.0, "high": 1.0, "when": {"targeting": ["zone"]}},
+        "depth_low": {"kind": "fixed", "value": 0.3, "when": {"targeting": ["depth"]}},
+        "multiplier_3": {"kind": "fixed", "value": 0.3, "when": {"targeting": ["multipliers"]}},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_every_config_of_a_conditional_space_has_all_its_columns(name: str, tmp_path: Path) -> None:
+    """A column that only some configs have, and what a config has beside its dimensions."""
+    search = {"space": {"dimensions": SPACES[name]}, "configs": 3, "replicates": 2}
+    study = make_study(tmp_path, search=search, **SMALL)
+    assert study.search is not None
+    table = columns(study, resolve_scenarios(study))
+    assert set(SPACES[name]) <= set(table)
+    points = list(corners(study.search.space))
+    for params in points:
+        for targeting in (None, "none", "global"):
+            shown = config_params(params, targeting=targeting)
+            assert set(shown) <= set(table)
+            for column, value in shown.items():
+                assert table[column] is (type(value) in (int, float)), column
+    covered = {column for params in points for column in config_params(params)}
+    assert set(SPACES[name]) <= covered
+
+
+def shown_line(values: dict[str, Any], study: Any) -> dict[str, Any]:
+    """Return what a line of the HParams table holds when it is opened with `values`."""
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    summary = session_start("line", values, columns(study, resolve_scenarios(study)))
+    content = summary.value[0].metadata.plugin_data.content
+    found = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    return {name: getattr(found[name], found[name].WhichOneof("kind")) for name in found}
+
+
+def test_a_parameter_that_some_touch_shows_in_all_lines_that_have_it(tmp_path: Path) -> None:
+    """Planted: True and true in one column, and blanks where others have the default."""
+    arms = {
+        "absolute": {"noise": {"carrier": "linear_weight"}},
+        "stopped": {"noise": {"schedule": {"kind": "linear", "stop_fraction": 0.25}}},
+        "aware": {"device": "faulty", "skip": [3]},
+    }
+    search = {"space": {"dimensions": SPACES["carriers"]}, "configs": 3, "replicates": 2}
+    study = make_study(tmp_path, arms=arms, search=search, **SMALL)
+    seldom = ("carrier_relative", "redraw", "stop_fraction", "device", "skip")
+
+    def line(params: dict[str, Any]) -> tuple[Any, ...]:
+        shown = shown_line(params, study)
+        return tuple(shown.get(name) for name in seldom)
+
+    named = {name: line(arm_params(arm)) for name, arm in named_arms(study).items()}
+    assert named["clean"] == (None, None, None, "healthy", "none")
+    assert named["fault_only"] == (None, None, None, "scenario", "none")
+    assert named["global"] == (None, "step", 0.0, "scenario", "none")
+    assert named["absolute"] == ("false", "step", 0.0, "scenario", "none")
+    assert named["stopped"] == (None, "step", 0.25, "scenario", "none")
+    assert named["aware"] == (None, None, None, "faulty", "3")
+    config = {"carrier": "linear_weight", "carrier_relative": True, "redraw": "forward"}
+    assert line(config_params(config)) == ("true", "forward", 0.0, "scenario", "none")
+    assert line(config_params(config, targeting="global"))[:2] == ("true", "forward")
+    config = {"carrier": "linear_weight", "carrier_relative": False, "redraw": "step"}
+    assert line(config_params(config))[:2] == ("false", "step")
+    assert line(config_params(config, targeting="global"))[:2] == ("false", "step")
+    assert line(config_params(config, targeting="none"))[:2] == (None, None)
+    assert "train_layers" not in shown_line(config_params(config), study), "nobody touches it"
 
 
 def test_a_config_keeps_the_numbers_that_were_sampled() -> None:

@@ -18,10 +18,10 @@ from aqn_tune.study.cells import (
     stage_cells,
     unique_runs,
 )
-from aqn_tune.study.checks import corners
-from aqn_tune.study.runs import Setting
+from aqn_tune.study.runs import Run, Setting
 from aqn_tune.study.schema import Study
 from aqn_tune.study.space import Params, SpaceSpec, arm_of
+from aqn_tune.study.space_checks import corners
 from aqn_tune.study.sweep import resolve_scenarios
 from aqn_tune.tasks import WordProblems
 
@@ -86,7 +86,8 @@ def test_sharing_never_joins_runs_that_train_differently() -> None:
     cells = stage_cells(made, SETTING, resolve_scenarios(made), stage="search", layer_count=8).cells
     for cell in cells:
         kept = unique_runs(cells)[cell.training_key]
-        same = {"training", "faults", "noise", "seed"}
+        same = {"training", "device", "noise", "skip", "train_layers", "train_rest", "seed"}
+        assert same <= set(Run.model_fields)
         assert kept.model_dump(include=same) == cell.run.model_dump(include=same)
         assert set(cell.run.conditions) <= set(kept.conditions)
 
@@ -292,7 +293,7 @@ def test_the_base_is_evaluated_under_every_condition_of_the_study() -> None:
     made = study(sweep={"faults.0.threshold": [0.1, 0.2]})
     scenarios = resolve_scenarios(made)
     run = stage_cells(made, SETTING, scenarios, stage="search", layer_count=8).cells[0].run
-    pack = base_pack(run, scenarios, stage="search", split="validation")
+    pack = base_pack(run, scenarios, layer_count=8, stage="search", split="validation")
     assert pack.rungs == (0,)
     assert [(c.name, c.scenario) for c in pack.runs[0].conditions] == [
         ("clean", ""), ("faulty", "both-threshold0.1"), ("faulty", "both-threshold0.2"),

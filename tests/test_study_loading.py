@@ -12,6 +12,7 @@ from aqn_tune.errors import UserError
 from aqn_tune.models.spec import ModelSpec
 from aqn_tune.study.folder import study_hash
 from aqn_tune.study.loading import layer_count, load_study, make_setting
+from aqn_tune.study.scenario import Scenario
 from aqn_tune.study.schema import Study
 from aqn_tune.study.source import apply_override, parse_source
 from aqn_tune.study.sweep import resolve_scenarios
@@ -154,10 +155,41 @@ def test_documents_that_cannot_be_read(text: str, message: str) -> None:
         parse_source(text, "f")
 
 
+DEAD_ZONE = {"kind": "dead_zone", "layers": [1], "threshold": 0.2}
+
+
+def swept(**changes: Any) -> tuple[Scenario, ...]:
+    scenario = {"faults": [DEAD_ZONE], "quantization": "mxfp4"}
+    study = Study.model_validate({"study": "s", "scenario": scenario, **changes})
+    return resolve_scenarios(study)
+
+
 def scenarios_of(**changes: Any) -> tuple[str, ...]:
-    dead_zone = {"kind": "dead_zone", "layers": [1], "threshold": 0.2}
-    study = Study.model_validate({"study": "s", "scenario": {"faults": [dead_zone]}, **changes})
-    return tuple(scenario.name for scenario in resolve_scenarios(study))
+    return tuple(scenario.name for scenario in swept(**changes))
+
+
+def test_a_swept_format_keeps_what_was_written_and_leaves_the_defaults_of_the_other() -> None:
+    quantization = {"format": "mxfp4", "operands": "weight", "layers": [3]}
+    scenarios = swept(
+        scenario={"faults": [DEAD_ZONE], "quantization": quantization},
+        sweep={"quantization.0.format": ["mxfp4", "nvfp4"]},
+    )
+    assert [s.values for s in scenarios] == [{"format": "mxfp4"}, {"format": "nvfp4"}]
+    for scenario, name in zip(scenarios, ("mxfp4", "nvfp4"), strict=True):
+        (found,) = scenario.spec.quantization
+        assert (found.format, found.operands, found.layers) == (name, "weight", (3,))
+        assert ("scale_mode" in type(found).model_fields) is (name == "mxfp4")
+
+
+def test_a_swept_kind_of_fault_keeps_the_parameters_that_both_have() -> None:
+    scenarios = swept(
+        scenario={"faults": [{"kind": "relative_gaussian", "layers": [3], "scale": 0.1}]},
+        sweep={"faults.0.kind": ["relative_gaussian", "absolute_gaussian"]},
+    )
+    assert [s.name for s in scenarios] == ["both-relative_gaussian", "both-absolute_gaussian"]
+    faults = [scenario.spec.faults[0].model_dump() for scenario in scenarios]
+    assert [fault["scale"] for fault in faults] == [0.1, 0.1]
+    assert [fault["modules"] for fault in faults] == [("linear",), (".",)], "each its own default"
 
 
 @pytest.mark.parametrize(
@@ -173,6 +205,44 @@ def scenarios_of(**changes: Any) -> tuple[str, ...]:
         (
             {"sweep": {"faults.0.layers": [[3], ["14-17", 20], "all"]}},
             ("both-layers3", "both-layers14-17+20", "both-layersall"),
+        ),
+        ({"sweep": {"device_seed": [0, 3]}}, ("both-device_seed0", "both-device_seed3")),
+        ({"sweep": {"faults.0.density": [0.1, 1]}}, ("both-density0.1", "both-density1")),
+        (
+            {"sweep": {"adapter_path": ["exact", "faulty"]}},
+            ("both-adapter_path_exact", "both-adapter_path_faulty"),
+        ),
+        ({"sweep": {"deploy": ["merged"], "during": ["eval"]}}, ("eval-deploy_merged",)),
+        ({"sweep": {"faults.0.ste": [True, False]}}, ("both-ste_true", "both-ste_false")),
+        (
+            {"sweep": {"faults.0.modules": [["linear"], ["q_proj", "k_proj"]]}},
+            ("both-modules_linear", "both-modules_q_proj+k_proj"),
+        ),
+        # a number format and a kind of fault stand for themselves
+        (
+            {"sweep": {"quantization.0.format": ["mxfp4", "int8"], "faults.0.threshold": [0.1]}},
+            ("both-mxfp4-threshold0.1", "both-int8-threshold0.1"),
+        ),
+        (
+            {"sweep": {"quantization": ["nvfp4", {"format": "mxfp4", "operands": "weight"}, []]}},
+            ("both-quantization_nvfp4", "both-quantization_mxfp4", "both-quantization_none"),
+        ),
+        # whole entries go by what they differ in
+        (
+            {
+                "sweep": {
+                    "faults.0": [
+                        {"kind": "dead_zone", "layers": [1], "threshold": 0.1},
+                        {"kind": "dead_zone", "layers": [1], "threshold": 0.2},
+                        {"kind": "saturation", "layers": [1], "limit": 0.5},
+                    ]
+                }
+            },
+            (
+                "both-faults.0_dead_zone+threshold0.1",
+                "both-faults.0_dead_zone+threshold0.2",
+                "both-faults.0_saturation+limit0.5",
+            ),
         ),
     ],
 )
@@ -199,11 +269,47 @@ def test_equal_last_keys_are_written_out() -> None:
         ({"faults.0.threshold": [0.2, 0.20]}, "2 combinations give the same scenario"),
         ({"faults.0.threshold": [-0.1]}, r"sweep\.faults\.0\.threshold: got -0.1; allowed"),
         ({"during": ["never"]}, r"sweep\.during: got 'never'; allowed: 'both', 'train' or 'eval'"),
+        (
+            {"faults.0.kind": ["saturation"]},
+            r"sweep\.faults\.0\.kind: .*\.limit: the key is missing",
+        ),
+        (
+            {"quantization.0.format": ["mxfp5"]},
+            r"sweep\.quantization\.0\.format: .*unknown format 'mxfp5'.*did you mean 'mxfp4'",
+        ),
+        ({"quantization.1.format": ["mxfp4"]}, "did you mean 'quantization.0.format'"),
+        ({"faults.0.density": [0]}, r"sweep\.faults\.0\.density: got 0; allowed: greater than 0"),
+        ({"device_seed": [-1]}, r"sweep\.device_seed: got -1"),
+        ({"eval_draws": [1, 3]}, r"sweep\.eval_draws: .*nothing is drawn"),
+        ({"faults.0": [DEAD_ZONE, dict(DEAD_ZONE)]}, "2 combinations give the same scenario"),
     ],
 )
 def test_sweeps_that_cannot_be(sweep: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         scenarios_of(sweep=sweep)
+
+
+def test_a_format_whose_own_parameter_was_written_cannot_be_another_format() -> None:
+    quantization = {"format": "mxfp4", "scale_mode": "even"}
+    with pytest.raises(UserError, match=r"quantization\.0\.scale_mode: unknown key"):
+        swept(
+            scenario={"quantization": quantization},
+            sweep={"quantization.0.format": ["mxfp4", "nvfp4"]},
+        )
+
+
+@pytest.mark.parametrize(
+    ("written", "formats"),
+    [
+        ("mxfp4", ["mxfp4"]),
+        (["mxfp4", {"format": "int8"}], ["mxfp4", "int8"]),
+        ({"format": "nvfp4", "layers": [3]}, ["nvfp4"]),
+        ([], []),
+    ],
+)
+def test_quantization_is_a_name_a_mapping_or_a_list(written: Any, formats: list[str]) -> None:
+    (scenario,) = swept(scenario={"faults": [DEAD_ZONE], "quantization": written})
+    assert [quantizer.format for quantizer in scenario.spec.quantization] == formats
 
 
 @pytest.mark.parametrize(
@@ -244,10 +350,12 @@ def test_what_changes_no_number_changes_no_folder(file: Path) -> None:
         assert study_hash(load_study(file, [other])) != study_hash(first)
 
 
-def test_the_resolved_study_reads_back_as_the_same_study(file: Path) -> None:
+@pytest.mark.parametrize("changes", [[], ["search=null"], ["mechanism.steps=[0, -1]"]])
+def test_the_resolved_study_reads_back_as_the_same_study(file: Path, changes: list[str]) -> None:
+    """Without a search too, though the default contrasts, written out, name finalists."""
     import yaml
 
-    study = load_study(file)
+    study = load_study(file, changes)
     text = yaml.safe_dump(study.model_dump(mode="json"))
     assert Study.model_validate(yaml.safe_load(text)) == study
 

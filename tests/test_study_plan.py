@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from synthetic import make_setting, make_study
 
+from aqn_tune.cli.app import main
 from aqn_tune.errors import UserError
 from aqn_tune.evidence.declared import declare
 from aqn_tune.evidence.power import mde_sd_units
@@ -25,7 +28,7 @@ from aqn_tune.study.calibration import (
 )
 from aqn_tune.study.detectable import detectable_effect, t_quantile
 from aqn_tune.study.folder import study_folder
-from aqn_tune.study.plan import make_plan, ranges
+from aqn_tune.study.plan import MOST_STAGES, make_plan, ranges
 from aqn_tune.study.sweep import resolve_scenarios
 
 
@@ -134,6 +137,100 @@ def test_arms_and_schedule_are_spelled_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("schedule", "steps", "stages"),
+    [
+        # few stretches are spelled out, whatever the kind
+        ({"kind": "constant", "sigma": 0.1}, 100, [(0, 99, 0.1, 0.1)]),
+        ({"kind": "constant", "sigma": 0.1, "warmup_fraction": 0.2, "stop_fraction": 0.3}, 10,
+         [(0, 1, 0, 0), (2, 6, 0.1, 0.1), (7, 9, 0, 0)]),
+        ({"kind": "linear", "sigma_start": 0.4, "sigma_end": 0.0}, 4,
+         [(0, 0, 0.4, 0.4), (1, 1, 0.3, 0.3), (2, 2, 0.2, 0.2), (3, 3, 0.1, 0.1)]),
+        # many are summed up where sigma falls
+        ({"kind": "linear", "sigma_start": 0.1, "sigma_end": 0.0}, 1000, [(0, 999, 0.1, 0.0001)]),
+        ({"kind": "linear", "sigma_start": 0.1, "sigma_end": 0.0, "warmup_fraction": 0.1,
+          "stop_fraction": 0.1}, 100,
+         [(0, 9, 0, 0), (10, 89, 0.1, 0.1 * 11 / 90), (90, 99, 0, 0)]),
+        ({"kind": "geometric", "sigma_start": 0.1, "sigma_end": 0.001, "stages": 24}, 100,
+         [(0, 3, 0, 0), (4, 99, 0.1, 0.001)]),
+        ({"kind": "epoch_aware", "sigma_start": 0.1, "sigma_end": 0.001, "epochs": 2,
+          "stages_per_epoch": 9}, 100,
+         [(0, 4, 0, 0), (5, 49, 0.1, 0.01), (50, 54, 0, 0), (55, 99, 0.01, 0.001)]),
+    ],
+)  # fmt: skip
+def test_a_schedule_stays_readable(
+    schedule: dict[str, Any], steps: int, stages: list[tuple[float, ...]], tmp_path: Path
+) -> None:
+    training = {"steps": steps, "warmup_steps": 1}
+    plan = plan_of(tmp_path, searched=False, training=training, controls={"schedule": schedule})
+    found = [(s.first_step, s.last_step, s.sigma, s.last_sigma) for s in plan.schedule]
+    assert [stage[:2] for stage in found] == [stage[:2] for stage in stages]
+    assert [stage[2:] for stage in found] == [pytest.approx(stage[2:]) for stage in stages]
+    assert found[0][0] == 0
+    assert found[-1][1] == steps - 1
+
+
+def show(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 0
+
+
+def test_a_schedule_of_many_epochs_is_cut_on_the_screen_and_whole_as_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    schedule = {"kind": "epoch_aware", "epochs": 20, "stages_per_epoch": 3}
+    study = make_study(
+        tmp_path, training={"steps": 200, "warmup_steps": 1}, controls={"schedule": schedule}
+    )
+    file = tmp_path / "demo.yaml"
+    file.write_text(yaml.safe_dump(study.model_dump(mode="json", exclude_unset=True)))
+    show(["plan", str(file), "--json"])
+    rows = json.loads(capsys.readouterr().out)["schedule"]
+    assert len(rows) == 2 * 20
+    show(["plan", str(file)])
+    text = capsys.readouterr().out.partition("Noise of the controls")[2].partition("Work")[0]
+    lines = [line for line in text.splitlines() if line.strip()][2:]
+    assert len(lines) == MOST_STAGES
+    assert [line.split()[0] for line in (*lines[5:8], lines[-1])] == [
+        "23-29", "...", "173-179", "193-199"
+    ]  # fmt: skip
+
+
+NOISY = {"kind": "relative_gaussian", "layers": [10], "scale": 0.1}
+SPARSE = {"kind": "dead_zone", "layers": [10], "threshold": 0.1, "density": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("scenario", "sweep", "search", "confirm"),
+    [
+        # search: 12 controls at 3 rungs, the base, 28 evaluations of configs; confirm: 36 + 12, the base
+        ({"faults": [NOISY], "eval_draws": 4}, {},
+         12 * 3 * 5 + 5 + 28 * 5, 48 * 5 + 5),
+        # clean is one training per seed for both scenarios, evaluated once clean and 4 times in each
+        ({"faults": [NOISY], "eval_draws": 4}, {"faults.0.scale": [0.1, 0.2]},
+         (2 * 9 + 20 * 5) * 3 + 9 + 28 * 10, 6 * 9 + 60 * 5 + 24 * 5 + 9),
+        # the draws of an evaluation are not seen in training: all arms are shared
+        ({"faults": [NOISY]}, {"eval_draws": [1, 3]},
+         12 * 5 * 3 + 5 + 28 * (2 + 4), 36 * 5 + 12 * (2 + 4) + 5),
+        ({"faults": [SPARSE], "eval_devices": "unseen", "eval_draws": 3}, {},
+         12 * 3 * 4 + 4 + 28 * 4, 48 * 4 + 4),
+        # no fault is left to draw: one pass, whatever is declared for the others
+        ({"faults": [{**NOISY, "when": "train"}, SPARSE], "eval_devices": "unseen"}, {},
+         12 * 3 * 2 + 2 + 28 * 2, 48 * 2 + 2),
+    ],
+)  # fmt: skip
+def test_every_draw_of_an_evaluation_is_counted(
+    scenario: dict[str, Any], sweep: dict[str, Any], search: int, confirm: int, tmp_path: Path
+) -> None:
+    plan = plan_of(tmp_path, scenario=scenario, sweep=sweep)
+    assert plan.search is not None
+    assert plan.search.expected.evaluations == search
+    assert plan.search.expected.rows == search * 256
+    assert plan.confirm.expected.evaluations == confirm
+    assert plan.confirm.expected.rows == confirm * 600
+
+
+@pytest.mark.parametrize(
     ("numbers", "text"),
     [((), ""), ((3,), "3"), ((0, 1, 2), "0-2"), ((0, 2, 3, 7), "0,2-3,7")],
 )
@@ -218,6 +315,47 @@ def test_a_finished_study_calibrates_the_next_plan(
     known = read_calibration(calibration_file(study.output))
     assert known is not None
     assert known.rates[0].trainings == 2
+
+
+def test_the_rows_of_every_draw_are_part_of_what_a_training_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrating, "REFERENCE", tmp_path / "none.json")
+    study = make_study(tmp_path)
+    setting = make_setting(study)
+    folder = study_folder(study)
+    Ledger(folder.ledger).append(
+        [
+            CellRow(
+                stage="search", scenario="both", arm="clean", replicate=0, seed=0, training_key="k",
+            ),
+            EvaluationRow(
+                training_key="k", step=20, final=True, condition="faulty", scenario="both",
+                split="validation", rows=120, draws=4, loss=1.0, exact_match=0.5,
+            ),
+            TrainingRow(
+                training_key="k", stage="search", seed=0, steps=20, step_reached=20,
+                status="finished", seconds=30.0, pack="p", pack_size=8,
+            ),
+        ]
+    )  # fmt: skip
+    update_calibration(study, setting, folder)
+    costs = find_costs(study.output, workload_of(setting, study.training), 8)
+    assert costs is not None
+    # 20 steps + 4 * 120 rows / 48 = 30 step-equivalents in 30 s
+    assert costs.seconds_per_step == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "change", [{"gradient_checkpointing": True}, {"gradient_accumulation_steps": 4}]
+)
+def test_a_training_of_another_pace_has_no_known_cost(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    from aqn_tune.study.loading import make_setting as real_setting
+
+    study = make_study(tmp_path, training={"steps": 100, **change})
+    assert find_costs(study.output, workload_of(real_setting(study), study.training), 8) is None
 
 
 def test_another_workload_is_not_taken_for_this_one(tmp_path: Path) -> None:

@@ -11,12 +11,13 @@ from tiny import CLEAN, one_pack, save_tiny_model, tiny_setting, tiny_training
 
 from aqn_tune.faults import DeadZone, FaultSpec, RelativeGaussian
 from aqn_tune.models.load import build_model, decoder_layers, load_tokenizer
+from aqn_tune.study.device import Device
 from aqn_tune.study.keys import content_hash
 from aqn_tune.study.runs import Condition, Run
 from aqn_tune.study.seeds import stream_seed
+from aqn_tune.training import evaluate as evaluate_module
 from aqn_tune.training.data import load_tokens
 from aqn_tune.training.engine import ENGINE
-from aqn_tune.training.streams import KeyedNormal
 
 torch.set_num_threads(1)
 
@@ -43,7 +44,9 @@ def oracle_loss(setting, fault: FaultSpec | None) -> float:
     def noisy(site: str):
         def forward_hook(module, args, y):
             key = content_hash({**fault.static(), "layers": None}) + ".1"
-            seed = stream_seed(0, "eval", "test", state["batch"], "fault", site, key)
+            seed = stream_seed(
+                0, "eval", "test", 0, state["batch"], "fault", 0, site, "output", key
+            )
             shape = (y.shape[0] * y.shape[1], y.shape[2])
             z = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).double()
             return y + fault.scale * y.abs() * z.view_as(y)
@@ -88,7 +91,7 @@ def test_the_recorded_loss_is_that_of_plain_transformers(
 
     monkeypatch.setattr(Qwen2RMSNorm, "forward", true_float64_rmsnorm)
     setting = tiny_setting(folder, dtype="float64")
-    faulty = Condition(name="faulty", scenario="s", faults=(fault,) if fault else ())
+    faulty = Condition(name="faulty", scenario="s", device=Device(faults=(fault,) if fault else ()))
     conditions = (CLEAN, faulty) if fault else (CLEAN,)
     run = Run(training=tiny_training(), seed=2, conditions=conditions)
     opened = ENGINE.open_pack(one_pack(run, rungs=(0,)), setting, ENGINE.load_base(setting))
@@ -103,17 +106,19 @@ def test_validation_and_test_do_not_share_fault_draws(
     seen: dict[str, set[tuple]] = {"validation": set(), "test": set()}
     setting = tiny_setting(folder)
     faulty = Condition(
-        name="faulty", scenario="s", faults=(RelativeGaussian(layers=(1,), scale=0.5),)
+        name="faulty",
+        scenario="s",
+        device=Device(faults=(RelativeGaussian(layers=(1,), scale=0.5),)),
     )
     run = Run(training=tiny_training(), seed=2, conditions=(CLEAN, faulty))
-    original = KeyedNormal.fill
+    original = evaluate_module.stream_seed
     for split, paths in seen.items():
 
-        def record(self, out, seed, *path, paths=paths):
+        def record(seed, *path, paths=paths):
             paths.add((seed, *path))
-            original(self, out, seed, *path)
+            return original(seed, *path)
 
-        monkeypatch.setattr(KeyedNormal, "fill", record)
+        monkeypatch.setattr(evaluate_module, "stream_seed", record)
         pack = one_pack(run, rungs=(0,), split=split)
         ENGINE.open_pack(pack, setting, ENGINE.load_base(setting)).advance()
     assert len(seen["validation"]) == 7  # one batch, seven projections

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from aqn_tune import __version__
-from aqn_tune.cli import listing, plan, report, rerun, run, status, train
+from aqn_tune.cli import inspect, listing, plan, report, rerun, run, status, train
 from aqn_tune.errors import Interrupted, UserError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 for name, function in (
     ("plan", plan.command),
+    ("inspect", inspect.command),
     ("run", run.command),
     ("status", status.command),
     ("report", report.command),

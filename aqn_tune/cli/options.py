@@ -11,6 +11,10 @@ StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="The study's YA
 Target = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="Folder of a study, or the study's YAML file.")
 ]
+Arm = Annotated[str, typer.Option("--arm", help="A control, or one of the study's own arms.")]
+ScenarioName = Annotated[
+    str | None, typer.Option("--scenario", help="Scenario, by default the first.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(

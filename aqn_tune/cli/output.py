@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -24,11 +25,14 @@ PLAIN_SECONDS = 15.0
 
 
 def console(*, error: bool = False) -> Console:
-    """Return a console that writes to standard output, or to standard error."""
+    """Return a console that writes to standard output, or to standard error.
+
+    Away from a terminal lines are as long as COLUMNS says, 120 by default.
+    """
     from rich.console import Console
 
     stream = sys.stderr if error else sys.stdout
-    width = None if stream.isatty() else 120
+    width = None if stream.isatty() or os.environ.get("COLUMNS") else 120
     return Console(file=stream, highlight=False, soft_wrap=False, width=width)
 
 

@@ -9,7 +9,7 @@ from aqn_tune.cli.options import Json, Overrides, StudyFile
 from aqn_tune.cli.output import console, duration, print_json, size, table
 from aqn_tune.study.effort import StagePlan
 from aqn_tune.study.loading import load_study
-from aqn_tune.study.plan import Plan, ScenarioPlan, make_plan
+from aqn_tune.study.plan import MOST_STAGES, Plan, ScenarioPlan, SigmaStage, make_plan
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,14 +35,21 @@ def command(study: StudyFile, overrides: Overrides = None, json: Json = False) -
         out.print(shown)
     for line in _closing(plan):
         out.print(line, soft_wrap=True, markup=False)
+    for text in plan.cautions:
+        out.print(f"caution   {text}", soft_wrap=True, markup=False)
 
 
 def _scenarios(plan: Plan) -> Table:
     rows = [
-        (s.name, s.during, "; ".join(s.faults), ", ".join(a.arm for a in s.arms if a.reason) or "-")
+        (s.name, s.during, _device(s), ", ".join(a.arm for a in s.arms if a.reason) or "-")
         for s in plan.scenarios
     ]
-    return table("Scenarios", ("scenario", "fault acts", "faults", "arms n/a"), rows)
+    return table("Scenarios", ("scenario", "fault acts", "device", "arms n/a"), rows)
+
+
+def _device(scenario: ScenarioPlan) -> str:
+    parts = (*scenario.faults, *scenario.quantization, scenario.device)
+    return "; ".join(part for part in parts if part)
 
 
 def _arms(plan: Plan) -> Table:
@@ -62,15 +69,25 @@ def _arm_rows(scenario: ScenarioPlan) -> Iterator[tuple[str, ...]]:
     for arm in scenario.arms:
         if arm.reason:
             yield (arm.arm, "n/a", arm.reason, "")
-        elif arm.carrier:
-            yield (arm.arm, arm.carrier, arm.layers, f"{arm.dose:g}")
-        else:
-            yield (arm.arm, "-", "no noise", "")
+            continue
+        layers = arm.layers if arm.carrier else "no noise"
+        where = f"{layers}; {arm.otherwise}" if arm.otherwise else layers
+        yield (arm.arm, arm.carrier or "-", where, f"{arm.dose:g}" if arm.carrier else "")
 
 
 def _schedule(plan: Plan) -> Table:
-    rows = [(f"{s.first_step}-{s.last_step}", f"{s.sigma:.3g}") for s in plan.schedule]
+    rows = [_stage_row(stage) for stage in plan.schedule]
+    if len(rows) > MOST_STAGES:
+        half = MOST_STAGES // 2
+        rows = [*rows[:half], ("...", "..."), *rows[1 - half :]]
     return table("Noise of the controls", ("steps", "#sigma"), rows)
+
+
+def _stage_row(stage: SigmaStage) -> tuple[str, str]:
+    steps = f"{stage.first_step}-{stage.last_step}"
+    if stage.last_sigma == stage.sigma:
+        return steps, f"{stage.sigma:.3g}"
+    return steps, f"{stage.sigma:.3g} to {stage.last_sigma:.3g}"
 
 
 def _work(plan: Plan) -> Table:

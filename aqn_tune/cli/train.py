@@ -7,19 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aqn_tune.cli.options import Json, Overrides, Quiet, StudyFile, Verbose
+from aqn_tune.cli.options import Arm, Json, Overrides, Quiet, ScenarioName, StudyFile, Verbose
 from aqn_tune.cli.output import ProgressLine, console, print_json, set_verbosity, table
-from aqn_tune.errors import UserError, nearest
-from aqn_tune.study.loading import layer_count, load_study, make_setting, resolve_scenarios
+from aqn_tune.cli.targets import find_arm, find_scenario
+from aqn_tune.errors import UserError
+from aqn_tune.study.loading import layer_count, load_study, make_setting
 
 if TYPE_CHECKING:
     from aqn_tune.study.engine import Engine
     from aqn_tune.study.schema import Study
 
-Arm = Annotated[str, typer.Option("--arm", help="A control, or one of the study's own arms.")]
-ScenarioName = Annotated[
-    str | None, typer.Option("--scenario", help="Scenario, by default the first.")
-]
 SeedIndex = Annotated[
     int, typer.Option("--seed-index", min=0, help="Which of the search seeds to train with.")
 ]
@@ -84,24 +81,16 @@ def train_arm(
     Raises UserError for an unknown arm or scenario, an arm that cannot exist there, and an adapter
     folder that holds something already.
     """
-    from aqn_tune.study.cells import named_arms, resolve_run
+    from aqn_tune.study.cells import resolve_run
     from aqn_tune.study.runs import Pack
     from aqn_tune.study.seeds import replicate_seed
 
-    arms = named_arms(study)
-    if arm not in arms:
-        raise UserError(f"--arm: got {arm!r}; allowed are {', '.join(arms)}{nearest(arm, arms)}")
-    scenarios = {one.name: one for one in resolve_scenarios(study)}
-    name = next(iter(scenarios)) if scenario is None else scenario
-    if name not in scenarios:
-        allowed = ", ".join(scenarios)
-        raise UserError(
-            f"--scenario: got {name!r}; allowed are {allowed}{nearest(name, scenarios)}"
-        )
+    spec, found = find_arm(study, arm), find_scenario(study, scenario)
+    name = found.name
     setting = make_setting(study)
     layers = layer_count(study.model)
     seed = replicate_seed(study.seed, "search", seed_index)
-    run = resolve_run(study, scenarios[name], arms[arm], seed=seed, layer_count=layers)
+    run = resolve_run(study, found, spec, seed=seed, layer_count=layers)
     key = run.training_key(setting)
     label = f"{study.study}-{name}-{arm}-s{seed_index}-{key[:8]}"
     folder = (out or Path(study.output).expanduser() / "trained" / label).resolve()

@@ -86,7 +86,7 @@ def locked_work(
     recorder = recorder or Recorder(Ledger(folder.ledger), folder.root)
     check_recorded(recorder, cells.cells, generation=held.generation)
     work = FixedPacks(
-        confirm_packs(study, scenarios, cells.cells, folder),
+        confirm_packs(study, scenarios, cells.cells, folder, layer_count=layer_count),
         setting=setting,
         recorder=recorder,
         state=folder.state,
@@ -136,7 +136,12 @@ def check_recorded(recorder: Recorder, cells: Iterable[Cell], *, generation: int
 
 
 def confirm_packs(
-    study: Study, scenarios: Sequence[Scenario], cells: Sequence[Cell], folder: StudyFolder
+    study: Study,
+    scenarios: Sequence[Scenario],
+    cells: Sequence[Cell],
+    folder: StudyFolder,
+    *,
+    layer_count: int,
 ) -> tuple[Pack, ...]:
     """Return the packs of the confirmation, the untrained base first."""
     clean = next(cell.run for cell in cells if cell.arm == "clean")
@@ -149,7 +154,8 @@ def confirm_packs(
         split="test",
         export=export_folders(study, cells, folder),
     )
-    return (base_pack(clean, scenarios, stage="confirm", split="test"), *packs)
+    base = base_pack(clean, scenarios, layer_count=layer_count, stage="confirm", split="test")
+    return (base, *packs)
 
 
 def export_folders(study: Study, cells: Sequence[Cell], folder: StudyFolder) -> dict[str, str]:

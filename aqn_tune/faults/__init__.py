@@ -6,15 +6,29 @@ from typing import Annotated
 
 from pydantic import Field
 
-from aqn_tune.faults.base import Faulted as Faulted
+from aqn_tune.faults.absolute_gaussian import AbsoluteGaussian
 from aqn_tune.faults.base import FaultSpec as FaultSpec
+from aqn_tune.faults.bias import Bias
+from aqn_tune.faults.bit_flip import BitFlip
 from aqn_tune.faults.dead_zone import DeadZone
 from aqn_tune.faults.relative_gaussian import RelativeGaussian
+from aqn_tune.faults.saturation import Saturation
+from aqn_tune.faults.spike import Spike
+from aqn_tune.faults.stuck_at import StuckAt
 
 FAULTS: dict[str, type[FaultSpec]] = {
     "dead_zone": DeadZone,
     "relative_gaussian": RelativeGaussian,
+    "absolute_gaussian": AbsoluteGaussian,
+    "bias": Bias,
+    "saturation": Saturation,
+    "stuck_at": StuckAt,
+    "spike": Spike,
+    "bit_flip": BitFlip,
 }
 
-Fault = Annotated[DeadZone | RelativeGaussian, Field(discriminator="kind")]
+Fault = Annotated[
+    DeadZone | RelativeGaussian | AbsoluteGaussian | Bias | Saturation | StuckAt | Spike | BitFlip,
+    Field(discriminator="kind"),
+]
 """One entry of a scenario's list of faults."""

@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from aqn_tune.faults.base import Faulted, FaultSpec
+from aqn_tune.faults.base import Draws, TrueGradientFault
 from aqn_tune.faults.references import Reference, reference_magnitude
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from torch import Tensor
 
 
-class DeadZone(FaultSpec):
+class DeadZone(TrueGradientFault):
     """Values whose magnitude lies below `threshold * r(x)` become zero: x * 1[abs(x) >= threshold * r(x)].
 
     A larger threshold is a harsher fault, and the same threshold means different things in different
@@ -28,13 +28,9 @@ class DeadZone(FaultSpec):
         allow_inf_nan=False,
         description="Values below threshold * r(x) are flushed to zero (fraction; usual range 0.01-0.5).",
     )
-    reference: Reference = Field(
+    reference: Reference | Literal["quantile"] = Field(
         "token_max",
         description="r(x): token_max, tensor_max, rms, absolute (1), quantile (threshold: zeroed fraction).",
-    )
-    ste: bool = Field(
-        False,
-        description="Pass the gradient straight through instead of masking it where values died.",
     )
 
     @model_validator(mode="after")
@@ -46,15 +42,13 @@ class DeadZone(FaultSpec):
             )
         return self
 
-    per_replica: ClassVar[dict[str, float]] = {"threshold": 0.0}
+    per_replica: ClassVar[tuple[str, ...]] = ("threshold",)
 
-    def apply(
-        self,
-        x: Tensor,
-        params: Mapping[str, Tensor],
-        valid: Tensor,
-        normal: Callable[[], Tensor],
-    ) -> Faulted:
+    def is_off(self) -> bool:
+        """Return whether nothing is flushed."""
+        return self.threshold == 0
+
+    def apply(self, x: Tensor, params: Mapping[str, Tensor], valid: Tensor, draws: Draws) -> Tensor:
         """Zero the small values; see `FaultSpec.apply` for shapes."""
         import torch
 
@@ -66,10 +60,7 @@ class DeadZone(FaultSpec):
                 r = reference_magnitude(self.reference, x, valid)
                 cut = (params["threshold"] * r.double()).to(x.dtype)
             dead = magnitude < cut
-        values = torch.where(dead, torch.zeros((), dtype=x.dtype, device=x.device), x)
-        if self.ste:
-            values = x + (values - x).detach()
-        return Faulted(values, dead & valid)
+        return x.masked_fill(dead, 0.0)
 
     @staticmethod
     def _quantile(magnitude: Tensor, fraction: Tensor) -> Tensor:

@@ -1,56 +1,77 @@
-"""The composite hook: one per module, in the fixed order noise, input fault, module, output fault."""
+"""The composite hook: per module, noise, quantizer, input fault, product, noise, output fault."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from aqn_tune.errors import UserError
+from aqn_tune.faults.base import Draws
 from aqn_tune.injection.address import Address, AddressBook
+from aqn_tune.injection.apply import apply_fault, apply_quantizer, quantizer_defect
+from aqn_tune.injection.draws import CallDraws, Scratch, keyed_normal
 from aqn_tune.injection.fold import (
-    Draw,
     Entry,
     FaultSlot,
     NoiseSlot,
+    QuantizerSlot,
+    SeedOf,
     fault_slots,
     noise_slots,
+    quantizer_slots,
 )
-from aqn_tune.injection.measure import FaultTally, NoiseAudit
+from aqn_tune.injection.measure import FaultTally, NoiseAudit, QuantizerTally
+from aqn_tune.injection.observe import ActivationWatch
+from aqn_tune.injection.weights import Mergeable, WeightSite, forward_with
+from aqn_tune.quantization import straight_through
+from aqn_tune.study.seeds import stream_seed
+
+Faults = list[tuple[FaultSlot, FaultTally]]
 
 
 @dataclass
 class _Site:
-    """Everything that is injected at one module."""
+    """What is injected at the input and output of one module."""
 
     address: Address
+    module: nn.Module
     noise: list[NoiseSlot] = field(default_factory=list)
-    input_faults: list[tuple[FaultSlot, FaultTally]] = field(default_factory=list)
-    output_faults: list[tuple[FaultSlot, FaultTally]] = field(default_factory=list)
+    quantizers: list[tuple[QuantizerSlot, QuantizerTally]] = field(default_factory=list)
+    input: Faults = field(default_factory=list)
+    output: Faults = field(default_factory=list)
+    grad_input: Faults = field(default_factory=list)
+    grad_output: Faults = field(default_factory=list)
+    skips: tuple[int, ...] = ()
 
 
 class Injection:
-    """Faults and noise of a fold of K replicas, attached to a model while used as a context manager.
+    """Faults, quantizers and noise of a fold of K replicas, attached to a model while used as a context.
 
     The model sees the fold as a batch of K * B rows in replica order; every value here is viewed as
     [K, N, D] with N = B * T tokens, and no reduction crosses a replica. Outside the `with` block the
-    model has no hook and no changed parameter: noise on a norm's weight shadows the parameter for
-    the length of one call.
+    model has no hook and no changed parameter.
+
+    At a module: stored value -> noise -> activation quantizer -> input fault -> product with (weight ->
+    noise -> weight fault -> weight quantizer) -> noise on the output -> output fault. In the backward
+    pass the faults of gradients come last.
 
     Args:
-        book: Addresses of the unwrapped model.
-        entries: Faults and noise of each replica.
-        draw: Source of standard normal values.
-        measure: Measure affected fraction and relative error of every fault call (evaluation).
-        shared_draws: All replicas use the draws of replica 0 (evaluation).
+        book: Addresses of the model.
+        entries: What each replica gets.
+        seed_of: Seeds of the random draws.
+        measure: Measure what every fault and quantizer does (evaluation).
 
     Raises:
-        UserError: A fault or a noised layer matches no module.
+        UserError: A fault, quantizer or noised layer matches no module, or a weight fault a module
+            without a weight.
     """
 
     def __init__(
@@ -58,65 +79,211 @@ class Injection:
         book: AddressBook,
         entries: Sequence[Entry],
         *,
-        draw: Draw,
+        seed_of: SeedOf,
         measure: bool = False,
-        shared_draws: bool = False,
     ) -> None:
         self.replicas = len(entries)
         self.audit = NoiseAudit(self.replicas)
-        self.tallies: list[FaultTally] = []
-        self._draw = draw
-        self._measure = measure
-        self._shared = shared_draws
-        self._handles: list[RemovableHandle] = []
-        self._valid = torch.empty(0)
-        self._step = 0
-        self._audited: frozenset[int] = frozenset()
-        self._sites: dict[str, _Site] = {}
+        self.measures = measure
+        self.watch: ActivationWatch | None = None
+        """Is shown activations before and after everything that is injected into them."""
+        self.number = 0
         self.fault_sites: list[tuple[FaultSlot, tuple[Address, ...]]] = []
         self.noise_sites: list[tuple[NoiseSlot, Address]] = []
+        self.quantizer_sites: list[tuple[QuantizerSlot, tuple[Address, ...]]] = []
+        self.tallies: list[FaultTally] = []
+        self.quantizer_tallies: list[QuantizerTally] = []
+        self._book = book
+        self._seed_of = seed_of
+        self._handles: list[RemovableHandle] = []
+        self._replaced: list[tuple[nn.Module, Any]] = []
+        self._valid = torch.empty(0)
+        self._fold = torch.Size()
+        self._step = 0
+        self._microbatch = 0
+        self._audited: frozenset[int] = frozenset()
+        self._counting = True
+        self._quantized: tuple[Any, ...] = ()
+        self._scratch = Scratch()
+        self._sites: dict[tuple[str, bool], _Site] = {}
+        self._masks: dict[tuple[str, int], dict[tuple[int, ...], Tensor | None]] = {}
+        self._weights: dict[str, WeightSite] = {}
+        merged = [entry.device.deploy == "merged" for entry in entries]
+        if any(merged) and not all(merged):
+            raise ValueError("merged and unmerged adapters cannot share a pass")
+        self._merged = all(merged)
         for fault_slot in fault_slots(entries, book.layer_count):
-            self._place_fault(fault_slot, book.find(fault_slot.spec))
+            self._place_fault(fault_slot)
+        for slot in quantizer_slots(entries):
+            self._place_quantizer(slot)
         for noise_slot in noise_slots(entries, book.layer_count):
-            for layer in torch.nonzero(noise_slot.multipliers.sum(dim=1)).flatten().tolist():
-                self._place_noise(noise_slot, layer, book)
+            for layer in noise_slot.layers():
+                self._place_noise(noise_slot, layer)
+        for layer in sorted({layer for entry in entries for layer in entry.skip}):
+            site = self._site(book.layer_output(layer), outer=False)
+            site.skips = tuple(i for i, entry in enumerate(entries) if layer in entry.skip)
+        if self._merged:
+            for layer in range(book.layer_count):
+                for address in book.linears(layer):
+                    outer = book.outer(address)
+                    if hasattr(outer, "merged_weight"):
+                        self._weight(address)
+                    elif outer is not address.module:
+                        raise UserError(
+                            f"deploy merged: the adapter of {address.name} is a "
+                            f"{type(outer).__name__}; merge it beforehand (merge_and_unload)"
+                        )
 
-    def _site(self, address: Address) -> _Site:
-        return self._sites.setdefault(address.name, _Site(address))
+    # -- placing -----------------------------------------------------------------------------------
 
-    def _place_fault(self, slot: FaultSlot, addresses: tuple[Address, ...]) -> None:
+    def _site(self, address: Address, *, outer: bool) -> _Site:
+        module = self._book.outer(address) if outer else address.module
+        outer = module is not address.module
+        return self._sites.setdefault((address.name, outer), _Site(address, module))
+
+    def _weight(self, address: Address) -> WeightSite:
+        if "weight" not in dict(address.module.named_parameters(recurse=False)):
+            raise UserError(
+                f"faults: site weight: {address.name} has no weight of its own; "
+                "name modules that have one, for example 'linear'"
+            )
+        if address.name not in self._weights:
+            outer = self._book.outer(address) if self._merged else None
+            host = cast(Mergeable, outer) if hasattr(outer, "merged_weight") else None
+            self._weights[address.name] = WeightSite(address, self.replicas, host)
+        return self._weights[address.name]
+
+    def _place_fault(self, slot: FaultSlot) -> None:
+        addresses = self._book.find(slot.spec)
         tally = FaultTally(slot.spec.kind, torch.zeros(self.replicas, dtype=torch.int64))
         tally.sites = len(addresses)
         self.tallies.append(tally)
         self.fault_sites.append((slot, addresses))
         for address in addresses:
-            site = self._site(address)
-            faults = site.input_faults if slot.spec.site == "input" else site.output_faults
-            faults.append((slot, tally))
+            if slot.spec.site == "weight":
+                self._weight(address).faults.append((slot, tally))
+            elif slot.spec.site == "grad_weight":
+                weight = self._weight(address)
+                if not weight.module.get_parameter("weight").requires_grad:
+                    raise UserError(
+                        f"faults: site grad_weight: the weight of {address.name} is frozen and has no "
+                        "gradient; train with method full, or use site grad_input"
+                    )
+                weight.gradients.append((slot, tally))
+            else:
+                site = self._site(address, outer=slot.outer)
+                place: Faults = getattr(site, slot.spec.site)
+                place.append((slot, tally))
 
-    def _place_noise(self, slot: NoiseSlot, layer: int, book: AddressBook) -> None:
-        addresses = book.carrier_sites(slot.carrier, layer)
+    def _place_quantizer(self, slot: QuantizerSlot) -> None:
+        addresses = self._book.find(slot.spec, "quantization")
+        tally = QuantizerTally(slot, self.replicas)
+        self.quantizer_tallies.append(tally)
+        self.quantizer_sites.append((slot, addresses))
         for address in addresses:
-            self._site(address).noise.append(slot)
+            if slot.spec.operands in ("weight", "both"):
+                quantizers = self._weight(address).quantizers
+                self._refuse_second(quantizers, slot, address, "weight")
+                quantizers.append((slot, tally))
+                tally.sites += 1
+            if slot.spec.operands in ("activation", "both"):
+                quantizers = self._site(address, outer=slot.outer).quantizers
+                self._refuse_second(quantizers, slot, address, "activation")
+                quantizers.append((slot, tally))
+                tally.sites += 1
+
+    def _refuse_second(
+        self,
+        there: list[tuple[QuantizerSlot, QuantizerTally]],
+        slot: QuantizerSlot,
+        address: Address,
+        operand: str,
+    ) -> None:
+        for other, _ in there:
+            if set(other.active) & set(slot.active):
+                raise UserError(
+                    f"quantization: the {operand} of {address.name} is quantized twice, as "
+                    f"{other.spec.format} and as {slot.spec.format}; exclude it from one of them"
+                )
+
+    def _place_noise(self, slot: NoiseSlot, layer: int) -> None:
+        for address in self._book.carrier_sites(slot.carrier, layer):
             self.noise_sites.append((slot, address))
+            if slot.carrier.site == "layer_output":
+                self._site(address, outer=False).noise.append(slot)
+            else:
+                self._weight(address).noise.append(slot)
+
+    def quantizer_defects(self) -> dict[int, str]:
+        """Return what is wrong with the quantizers of a replica, by replica; see `quantizer_defect`."""
+        found: dict[int, str] = {}
+        valid = torch.ones(self.replicas, 1, dtype=torch.bool)
+        for slot, addresses in self.quantizer_sites:
+            tally = QuantizerTally(slot, self.replicas)
+            site = _Site(addresses[0], addresses[0].module, quantizers=[(slot, tally)])
+            ways = {
+                "activation": partial(self._quantize, site),
+                "weight": partial(
+                    apply_quantizer, slot, valid=valid.unsqueeze(2), operand="weight", layer=0
+                ),
+            }
+            for operand, way in ways.items():
+                if slot.spec.operands not in (operand, "both"):
+                    continue
+                self.begin(valid)
+                self.forward_done()  # nothing is counted
+                defect = quantizer_defect(way, self.replicas)
+                for replica in slot.active if defect else ():
+                    found.setdefault(replica, f"{slot.spec.format} on {operand}s {defect}")
+        return found
+
+    @property
+    def merged(self) -> bool:
+        """Whether adapters are merged into the weights in every pass."""
+        return self._merged
 
     # -- one pass ----------------------------------------------------------------------------------
 
-    def begin(self, valid: Tensor, *, step: int = 0, audited: frozenset[int] = frozenset()) -> None:
+    def begin(
+        self,
+        valid: Tensor,
+        *,
+        step: int = 0,
+        microbatch: int = 0,
+        audited: frozenset[int] = frozenset(),
+    ) -> None:
         """Set up the next forward pass.
 
         Args:
             valid: Boolean [K, N], False at padding.
             step: Optimiser step, which selects sigma.
+            microbatch: Number of the pass within its optimiser step.
             audited: Replicas whose realised noise is measured in this pass.
         """
         self._valid = valid.unsqueeze(2)
+        self._fold = valid.shape
         self._step = step
+        self._microbatch = microbatch
         self._audited = audited
+        self._counting = True
+        self._quantized = ()
+        self.number += 1
+
+    def forward_done(self) -> None:
+        """Say that what follows is the backward pass: modules that it runs again (gradient
+        checkpointing) get the same draws and are not counted a second time."""
+        self._counting = False
+        self.number += (
+            1  # trained weights are prepared again: a checkpoint must save the same twice
+        )
 
     def __enter__(self) -> Self:
         for site in self._sites.values():
             self._attach(site)
+        for weight in self._weights.values():
+            host = cast(nn.Module, weight.host or weight.module)
+            self._replaced.append((host, host.__dict__.get("forward")))
+            host.__dict__["forward"] = partial(self._forward, weight)
         return self
 
     def __exit__(
@@ -127,110 +294,242 @@ class Injection:
     ) -> None:
         for handle in self._handles:
             handle.remove()
+        for module, before in self._replaced:
+            del module.__dict__["forward"]
+            if before is not None:
+                module.__dict__["forward"] = before
         self._handles.clear()
+        self._replaced.clear()
+        self._quantized = ()
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Take everything off the model for the length of the block, inside the injection's own context.
+
+        Counters, draws and what was computed for the pass stay as they are.
+        """
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.__enter__()
 
     def _attach(self, site: _Site) -> None:
-        module = site.address.module
-        hidden = [slot for slot in site.noise if slot.carrier.site == "layer_output"]
-        weight = [slot for slot in site.noise if slot.carrier.site == "norm_weight"]
-        if site.input_faults:
+        module = site.module
+        if site.grad_input or site.quantizers or site.input:
             self._handles.append(
-                module.register_forward_pre_hook(
-                    lambda _, args, kwargs: self._on_input(site, args, kwargs), with_kwargs=True
-                )
+                module.register_forward_pre_hook(partial(self._on_input, site), with_kwargs=True)
             )
-        if weight:
+        if site.noise or site.output or site.grad_output or site.skips:
             self._handles.append(
-                module.register_forward_pre_hook(
-                    lambda m, args: self._shadow(site, weight, m, args)
-                )
-            )
-            self._handles.append(module.register_forward_hook(_unshadow, always_call=True))
-        if hidden or site.output_faults:
-            self._handles.append(
-                module.register_forward_hook(
-                    lambda m, args, out: self._on_output(site, hidden, out)
-                )
+                module.register_forward_hook(partial(self._on_output, site), with_kwargs=True)
             )
 
     # -- what happens at a site --------------------------------------------------------------------
 
     def _on_input(
-        self, site: _Site, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, site: _Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:
-            return (self._apply_faults(site, site.input_faults, args[0]), *args[1:]), kwargs
         name = "hidden_states"
-        return args, {**kwargs, name: self._apply_faults(site, site.input_faults, kwargs[name])}
+        given = args[0] if args else kwargs[name]
+        x = self._folded(given)
+        for slot, tally in site.grad_input:
+            x = self.watched(site.address, slot, tally, x)
+        if site.quantizers:
+            before, x = x, self._quantize(site, x)
+            if self.watch is not None:
+                for quantizer, _ in site.quantizers:
+                    kind, active = quantizer.spec.format, quantizer.active
+                    self.watch.see(site.address, "input", "quantizer", kind, active, before, x)
+        for slot, tally in site.input:
+            before, x = x, self._fault(site.address, slot, tally, x)
+            if self.watch is not None:
+                kind, active = slot.spec.kind, slot.active
+                self.watch.see(site.address, "input", "fault", kind, active, before, x)
+        x = self._unfolded(x, given)
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, name: x})
 
-    def _on_output(self, site: _Site, hidden: list[NoiseSlot], out: Any) -> Any:
+    def _on_output(
+        self,
+        site: _Site,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        out: Any,
+    ) -> Any:
         # A decoder layer returns a tensor in transformers 5 and a tuple in 4.
-        x: Tensor = out[0] if isinstance(out, tuple) else out
-        for slot in hidden:
-            x = self._add_noise(site, slot, x.reshape(self.replicas, -1, x.shape[-1])).view_as(x)
-        x = self._apply_faults(site, site.output_faults, x)
+        given: Tensor = out[0] if isinstance(out, tuple) else out
+        x = self._folded(given)
+        everyone = range(self.replicas)
+        for slot in site.noise:
+            before, x = x, self.noised(site.address, slot, x, everyone)
+            if self.watch is not None:
+                level = slot.level(self._step, site.address.layer)
+                active: Sequence[int] = torch.nonzero(level).flatten().tolist()
+                kind = slot.carrier.kind
+                self.watch.see(site.address, "output", "noise", kind, active, before, x)
+        for fault, tally in site.output:
+            before, x = x, self._fault(site.address, fault, tally, x)
+            if self.watch is not None:
+                kind, active = fault.spec.kind, fault.active
+                self.watch.see(site.address, "output", "fault", kind, active, before, x)
+        for fault, tally in site.grad_output:
+            x = self.watched(site.address, fault, tally, x)
+        if site.skips:
+            entered = self._folded(args[0] if args else kwargs["hidden_states"])
+            x = x.index_copy(
+                0, torch.tensor(site.skips, device=x.device), entered[list(site.skips)]
+            )
+        x = self._unfolded(x, given)
         return (x, *out[1:]) if isinstance(out, tuple) else x
 
-    def _shadow(
-        self, site: _Site, slots: list[NoiseSlot], module: nn.Module, args: tuple[Any, ...]
-    ) -> None:
-        x = args[0]
-        weight = module.get_parameter("weight").view(1, 1, -1).expand(self.replicas, 1, -1)
-        for slot in slots:
-            weight = self._add_noise(site, slot, weight)
-        rows = weight.repeat_interleave(x.shape[0] // self.replicas, dim=0)
-        # An instance attribute hides the parameter of the same name, which itself is not touched.
-        module.__dict__["weight"] = rows.view(x.shape[0], *(1,) * (x.dim() - 2), -1)
+    def _folded(self, x: Tensor) -> Tensor:
+        """Return what a module sees as [K, N, D]; the heads of a token are parts of its one vector."""
+        # No view where none is needed: adapters add to outputs in place, and through a view the
+        # backward pass of that makes copies.
+        if x.shape[:-1] == self._fold:
+            return x
+        tokens = self._valid.shape[1]
+        if self._heads_first(x):
+            x = x.transpose(1, 2)
+        elif x.dim() < 4 and x.numel() != self.replicas * tokens * x.shape[-1]:
+            raise RuntimeError(
+                f"a site sees values of shape {tuple(x.shape)}, and the pass was announced with "
+                f"{self.replicas} replicas of {tokens} tokens; a site has one row for each token"
+            )
+        return x.reshape(self.replicas, tokens, -1)
 
-    def _add_noise(self, site: _Site, slot: NoiseSlot, x: Tensor) -> Tensor:
-        layer = site.address.layer
-        sigma = slot.sigma[self._step] * slot.multipliers[layer]
-        active = torch.nonzero(sigma).flatten().tolist()
+    def _unfolded(self, x: Tensor, given: Tensor) -> Tensor:
+        if x.shape == given.shape:
+            return x
+        if self._heads_first(given):
+            return x.view_as(given.transpose(1, 2)).transpose(1, 2)
+        return x.view_as(given)
+
+    def _heads_first(self, x: Tensor) -> bool:
+        """Return whether `x` is [rows, heads, T, D] and not [rows, T, heads, D]."""
+        length = self._valid.shape[1] * self.replicas // x.shape[0]
+        return x.dim() == 4 and x.shape[1] != length and x.shape[2] == length
+
+    def _forward(self, site: WeightSite, x: Tensor) -> Tensor:
+        if self._counting:
+            for fault, fault_tally in site.faults:
+                fault_tally.count(fault.active)
+            for slot, tally in site.quantizers:
+                tally.count(slot.active)
+        return forward_with(site.module, site.variants(self), self.replicas, x)
+
+    def _quantize(self, site: _Site, x: Tensor) -> Tensor:
+        """Quantize the input of a product; products that share their input share the work."""
+        if self._counting:
+            for slot, tally in site.quantizers:
+                tally.count(slot.active)
+        slots = tuple(id(slot) for slot, _ in site.quantizers)
+        if self._quantized and self._quantized[0] == slots and _is_same(self._quantized[1], x):
+            return straight_through(x, self._quantized[2])
+        with torch.no_grad():
+            quantized = x
+            for slot, tally in site.quantizers:
+                quantized = apply_quantizer(
+                    slot,
+                    quantized,
+                    self._valid,
+                    "activation",
+                    site.address.layer,
+                    tally if self.measures else None,
+                )
+        # Values are shared, the way back is not: the gradient of each product is its own.
+        self._quantized = (slots, x, quantized)
+        return straight_through(x, quantized)
+
+    def _fault(self, address: Address, slot: FaultSlot, tally: FaultTally, x: Tensor) -> Tensor:
+        if self._counting:
+            tally.count(slot.active)
+        acting = slot.acting
+        if acting is None:
+            return x
+        measured = tally if self.measures else None
+        masks = self._masks.setdefault((address.name, id(slot)), {}) if slot.is_masked else None
+        return apply_fault(acting, x, self._valid, partial(self.draws, address), measured, masks)
+
+    # -- the context of a pass, for weights --------------------------------------------------------
+
+    def draws(self, address: Address, slot: FaultSlot, x: Tensor) -> Draws:
+        """Return the random numbers of a fault's call on `x` [A, N, D]."""
+        place = (address.name, slot.spec.site, slot.key)
+        path = ("fault", self._microbatch, *place)
+
+        def fresh() -> list[int]:
+            return [self._seed_of(owner, path) for owner in slot.owners]
+
+        def permanent() -> list[int]:
+            key = ("device", slot.spec.mask_seed, *place)
+            return [stream_seed(seed, *key) for seed in slot.device_seeds]
+
+        return CallDraws(x, fresh, permanent, self._scratch)
+
+    def noised(self, address: Address, slot: NoiseSlot, x: Tensor, owners: Sequence[int]) -> Tensor:
+        """Return `x` [A, N, D] with the noise of `slot`, row a that of replica owners[a]."""
+        layer = address.layer
+        level = slot.levels(self._step, layer)
+        active = [row for row, owner in enumerate(owners) if level[owner]]
         if not active:
             return x
-        z = self._normal(active, x, ("noise", layer, site.address.name.rpartition(".")[2]))
-        noised = slot.carrier.add(x, sigma.view(-1, 1, 1).to(x.device), z)
-        for replica in active:
-            self.audit.calls[replica] += 1
-            if replica in self._audited:
-                with torch.no_grad():
-                    scale = noised.scale[replica].expand_as(x[replica])
-                    keep = scale > 0
-                    noise = (noised.values[replica] - x[replica])[keep] / scale[keep]
-                self.audit.add(replica, layer, float(sigma[replica]), noise)
-        return noised.values
+        sigma = slot.sigmas(self._step, layer, x)
+        if len(active) != self.replicas:
+            sigma = sigma[[owners[row] for row in active]]
+        drawn = 0 if slot.redraw == "step" else self._microbatch
+        path = ("noise", drawn, layer, address.inside)
+        z_of = [self._seed_of(owners[row], path) for row in active]
+        part = x if len(active) == x.shape[0] else x[active]
+        noised = slot.carrier.add(part, sigma, keyed_normal(part, z_of, self._scratch)).values
+        for at, row in enumerate(active):
+            if self._counting:
+                self.audit.calls[owners[row]] += 1
+            if self._counting and owners[row] in self._audited:
+                self.audit.look(
+                    owners[row],
+                    layer,
+                    level[owners[row]],
+                    slot.carrier,
+                    part[at].detach(),
+                    noised[at].detach(),
+                )
+        if len(active) == x.shape[0]:
+            return noised
+        return x.index_copy(0, torch.tensor(active, device=x.device), noised)
 
-    def _apply_faults(
-        self, site: _Site, faults: list[tuple[FaultSlot, FaultTally]], x: Tensor
-    ) -> Tensor:
-        for slot, tally in faults:
-            folded = x.reshape(self.replicas, -1, x.shape[-1])
-            active = torch.nonzero(slot.active).flatten().tolist()
-            path = ("fault", site.address.name, slot.key)
-            params = {name: value.to(x.device) for name, value in slot.params.items()}
-            normal = partial(self._normal, active, folded, path)
-            result = slot.spec.apply(folded, params, self._valid, normal)
-            tally.calls += slot.active
-            if self._measure:
-                tally.add(folded.detach(), result.values.detach(), result.affected, self._valid)
-            x = result.values.view_as(x)
+    def watched(self, address: Address, slot: FaultSlot, tally: FaultTally, x: Tensor) -> Tensor:
+        """Return `x`, whose gradient passes through the fault of `slot` on its way back."""
+        if not x.requires_grad:
+            return x
+        if self._counting:
+            tally.due[list(slot.owners)] += 1
+        valid = self._valid
+        if slot.spec.site == "grad_weight":
+            valid = torch.ones(x.shape[0], x.shape[1], 1, dtype=torch.bool, device=x.device)
+
+        def on_gradient(gradient: Tensor) -> Tensor:
+            tally.calls[list(slot.owners)] += 1
+            with torch.no_grad():
+                return apply_fault(slot, gradient.contiguous(), valid, partial(self.draws, address))
+
+        # An output is copied: adapters add to it in place, and a hook on a view would be lost with it.
+        x = x.clone() if slot.spec.site == "grad_output" else x.view_as(x)
+        x.register_hook(on_gradient)  # type: ignore[no-untyped-call]
         return x
 
-    def _normal(self, active: list[int], x: Tensor, path: tuple[str | int, ...]) -> Tensor:
-        """Draw standard normal values [K, N, D] for the active replicas, zeros elsewhere.
 
-        Drawn in float32 on the CPU, row by row, so that a replica's values depend neither on the
-        pack it is in nor on the type or device of the model.
-        """
-        if self._shared:
-            row = torch.empty(x.shape[1:], dtype=torch.float32)
-            self._draw(0, path, row)
-            return row.to(x.device, x.dtype).expand_as(x)
-        z = torch.zeros(x.shape, dtype=torch.float32)
-        for replica in active:
-            self._draw(replica, path, z[replica])
-        return z.to(x.device, x.dtype)
-
-
-def _unshadow(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-    module.__dict__.pop("weight", None)
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are views of the same values: the q, k and v products share theirs."""
+    if one is other:
+        return True
+    base = one._base
+    return (
+        base is not None
+        and base is other._base
+        and one.data_ptr() == other.data_ptr()
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+        and (one.is_inference() or one._version == other._version)
+    )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from aqn_tune.ledger.rows import FaultMeasure, NoiseMeasure
+from aqn_tune.injection.fold import QuantizerSlot
+from aqn_tune.ledger.rows import FaultMeasure, NoiseMeasure, Operand, QuantizerMeasure
+from aqn_tune.noise.carriers import CarrierSpec
+from aqn_tune.quantization import Quantized
 
 STANDARD_ERRORS = 6.0
 """Allowed distance of a measured standard deviation: one false alarm in 10^9 looks."""
@@ -22,32 +25,65 @@ def within_sampling_error(realised: float, scheduled: float, draws: int) -> bool
     return abs(realised - scheduled) <= tolerance * scheduled
 
 
-@dataclass
-class FaultTally:
+class _Calls:
+    """Counts calls by replica: in plain integers, as adding to a tensor costs more than a small fault."""
+
+    def __init__(self, calls: Tensor) -> None:
+        self._calls = calls
+        self._new = [0] * len(calls)
+
+    def count(self, replicas: Sequence[int]) -> None:
+        """Count one call for each of `replicas`."""
+        for replica in replicas:
+            self._new[replica] += 1
+
+    @property
+    def calls(self) -> Tensor:
+        """The calls of each replica, int64 [K]."""
+        if any(self._new):
+            self._calls += torch.tensor(self._new)
+            self._new = [0] * len(self._new)
+        return self._calls
+
+    @calls.setter
+    def calls(self, calls: Tensor) -> None:
+        self._calls = calls
+        self._new = [0] * len(calls)
+
+
+class FaultTally(_Calls):
     """What one fault slot did to each of K replicas."""
 
-    kind: str
-    calls: Tensor
-    sites: int = 0
-    affected: Tensor = field(init=False)
-    values: Tensor = field(init=False)
-    error_energy: Tensor = field(init=False)
-    energy: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        zeros = torch.zeros(len(self.calls), dtype=torch.float64)
+    def __init__(self, kind: str, calls: Tensor) -> None:
+        super().__init__(calls)
+        self.kind = kind
+        self.sites = 0
+        self.due = torch.zeros_like(calls)
+        """Calls in which a gradient passed by, of faults that act on gradients."""
+        zeros = torch.zeros(len(calls), dtype=torch.float64)
         self.affected, self.values = zeros.clone(), zeros.clone()
         self.error_energy, self.energy = zeros.clone(), zeros.clone()
 
-    def add(self, x: Tensor, values: Tensor, affected: Tensor, valid: Tensor) -> None:
-        """Add one call: `x` and `values` [K, N, D], `affected` [K, N, D], `valid` [K, N, 1]."""
+    def add(self, x: Tensor, values: Tensor, valid: Tensor) -> None:
+        """Add one call: `x` and `values` [K, N, D] before and after it, `valid` [K, N, 1]."""
         with torch.no_grad():
-            keep = valid.to(torch.float64)
-            self.affected += affected.sum(dim=(1, 2)).double().cpu()
+            x, values = x.detach(), values.detach()
+            # NaN differs from itself: a NaN that was there before is no deed of the fault.
+            changed = (x != values) & ~(x.isnan() & values.isnan()) & valid
+            self.affected += changed.sum(dim=(1, 2)).double().cpu()
             self.values += (valid.sum(dim=(1, 2)) * x.shape[2]).double().cpu()
-            delta = ((values - x).double() * keep).square().sum(dim=(1, 2))
+            zero = torch.zeros((), dtype=torch.float64, device=x.device)
+            delta = torch.where(valid, (values - x).double(), zero).square().sum(dim=(1, 2))
             self.error_energy += delta.cpu()
-            self.energy += (x.double() * keep).square().sum(dim=(1, 2)).cpu()
+            self.energy += torch.where(valid, x.double(), zero).square().sum(dim=(1, 2)).cpu()
+
+    def absorb(self, alone: FaultTally, replicas: Sequence[int]) -> None:
+        """Add what happened to the one replica of `alone` to each of `replicas`."""
+        rows = list(replicas)
+        self.affected[rows] += alone.affected
+        self.values[rows] += alone.values
+        self.error_energy[rows] += alone.error_energy
+        self.energy[rows] += alone.energy
 
     def measure(self, replica: int) -> FaultMeasure:
         """Return what happened to one replica."""
@@ -61,6 +97,93 @@ class FaultTally:
             affected_fraction=float(self.affected[replica]) / values if values else 0.0,
             relative_error=(math.sqrt(error / energy) if energy else 0.0) if finite else None,
         )
+
+
+class QuantizerTally(_Calls):
+    """What one quantizer did to each of K replicas, by operand and layer.
+
+    A call is a product that ran on a quantized operand.
+    """
+
+    def __init__(self, slot: QuantizerSlot, replicas: int) -> None:
+        super().__init__(torch.zeros(replicas, dtype=torch.int64))
+        self.slot = slot
+        self.replicas = replicas
+        self.sites = 0
+        """Operands that are quantized in one pass."""
+        self.strayed: set[int] = set()
+        """Replicas without the quantizer whose values it changed all the same."""
+        self._sums: dict[tuple[Operand, int], Tensor] = {}
+
+    def add(
+        self,
+        operand: Operand,
+        layer: int,
+        active: Sequence[int],
+        x: Tensor,
+        quantized: Quantized,
+        valid: Tensor,
+    ) -> None:
+        """Add one call for the `active` replicas: `x` [A, N, D], `valid` [A, N, 1]."""
+        sums = self._sums.setdefault(
+            (operand, layer), torch.zeros(self.replicas, 5, dtype=torch.float64)
+        )
+        with torch.no_grad():
+            x, values = x.detach(), quantized.values
+            zero = torch.zeros((), dtype=torch.float64, device=x.device)
+            columns = (
+                torch.where(valid, x.double(), zero).square(),
+                torch.where(valid, (values - x).double(), zero).square(),
+                (values == 0) & valid,
+                (x.abs() > quantized.limit) & valid,
+                valid.expand_as(x),
+            )
+            sums[list(active)] += torch.stack(
+                [column.sum(dim=(1, 2)).double().cpu() for column in columns], dim=1
+            )
+
+    def watch(self, active: Sequence[int], x: Tensor, out: Tensor) -> None:
+        """See that the replicas without the quantizer came out as they went in."""
+        for replica in set(range(x.shape[0])) - set(active):
+            if not torch.equal(x[replica].nan_to_num(), out[replica].nan_to_num()):
+                self.strayed.add(replica)
+
+    def absorb(self, alone: QuantizerTally, replicas: Sequence[int]) -> None:
+        """Add what happened to the one replica of `alone` to each of `replicas`."""
+        for key, sums in alone._sums.items():
+            mine = self._sums.setdefault(key, torch.zeros(self.replicas, 5, dtype=torch.float64))
+            mine[list(replicas)] += sums
+
+    def measures(self, replica: int) -> tuple[QuantizerMeasure, ...]:
+        """Return one row per operand and layer."""
+        rows = []
+        for (operand, layer), sums in sorted(self._sums.items()):
+            energy, error, zeros, clipped, count = sums[replica].tolist()
+            if not count:
+                continue
+            finite = math.isfinite(energy) and math.isfinite(error)
+            rows.append(
+                QuantizerMeasure(
+                    format=self.slot.spec.format,
+                    operand=operand,
+                    layer=layer,
+                    sqnr_db=10 * math.log10(energy / error)
+                    if finite and energy and error
+                    else None,
+                    zero_fraction=zeros / count,
+                    clipped_fraction=clipped / count,
+                )
+            )
+        return tuple(rows)
+
+
+def declared_scale(carrier: CarrierSpec, x: Tensor) -> Tensor:
+    """Return what the sigma of a carrier is relative to, from its declaration alone.
+
+    Written apart from the carriers on purpose: the audit must not take the word of what it audits.
+    """
+    relative = carrier.site == "layer_output" or getattr(carrier, "relative", False)
+    return x.abs() if relative else torch.ones_like(x)
 
 
 class NoiseAudit:
@@ -77,6 +200,20 @@ class NoiseAudit:
         """Noise injections of each replica, audited or not."""
         self.failures: dict[int, str] = {}
         """Replicas whose noise was not what was scheduled, with the first mismatch."""
+
+    def look(
+        self,
+        replica: int,
+        layer: int,
+        scheduled: float,
+        carrier: CarrierSpec,
+        plain: Tensor,
+        noised: Tensor,
+    ) -> None:
+        """Record one injection of noise: the quantity without and with it."""
+        scale = declared_scale(carrier, plain)
+        keep = scale > 0
+        self.add(replica, layer, scheduled, (noised - plain)[keep] / scale[keep])
 
     def add(self, replica: int, layer: int, scheduled: float, noise: Tensor) -> None:
         """Record the measured noise of one site call; `noise` holds (noised - plain) / scale."""

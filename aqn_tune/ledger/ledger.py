@@ -10,9 +10,17 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from aqn_tune.errors import UserError
-from aqn_tune.ledger.rows import CellRow, EvaluationRow, LedgerRow, SearchRow, TrainingRow
+from aqn_tune.ledger.rows import (
+    CellRow,
+    EvaluationRow,
+    LedgerRow,
+    MechanismRow,
+    RecordedRow,
+    SearchRow,
+    TrainingRow,
+)
 
-_ROW: TypeAdapter[LedgerRow] = TypeAdapter(LedgerRow)
+_ROW: TypeAdapter[RecordedRow] = TypeAdapter(RecordedRow)
 
 
 class Ledger:
@@ -29,12 +37,18 @@ class Ledger:
         self.evaluations: dict[tuple[str, int, str, str, str], EvaluationRow] = {}
         self.cells: dict[tuple[str, int, str, str, int], CellRow] = {}
         self.search: list[SearchRow] = []
+        self.mechanism: dict[tuple[str, int], MechanismRow] = {}
+        """What was seen of each training, by training key and step."""
         self.seconds: dict[str, float] = {}
         """Wall time that each training has taken so far, all its rows together."""
-        for row in self.rows():
+        for row in self.recorded():
             self._index(row)
 
     def rows(self) -> Iterator[LedgerRow]:
+        """Read the rows that results rest on from disk, in the order in which they were written."""
+        return (row for row in self.recorded() if not isinstance(row, MechanismRow))
+
+    def recorded(self) -> Iterator[RecordedRow]:
         """Read every row from disk, in the order in which they were written."""
         if not self.path.exists():
             return
@@ -51,7 +65,7 @@ class Ledger:
                     "the file was changed, or written by another version"
                 ) from None
 
-    def _index(self, row: LedgerRow) -> None:
+    def _index(self, row: RecordedRow) -> None:
         if isinstance(row, TrainingRow):
             self.trainings[row.training_key] = row
             spent = self.seconds.get(row.training_key, 0.0)
@@ -62,10 +76,12 @@ class Ledger:
         elif isinstance(row, CellRow):
             key = (row.stage, row.generation, row.scenario, row.arm, row.replicate)
             self.cells[key] = row
+        elif isinstance(row, MechanismRow):
+            self.mechanism[row.training_key, row.step] = row
         else:
             self.search.append(row)
 
-    def append(self, rows: Iterable[LedgerRow]) -> None:
+    def append(self, rows: Iterable[RecordedRow]) -> None:
         """Write `rows` and wait until they are on disk."""
         rows = list(rows)
         if not rows:

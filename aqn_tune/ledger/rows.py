@@ -25,6 +25,24 @@ class FaultMeasure(Spec):
     )
 
 
+Operand = Literal["weight", "activation"]
+
+
+class QuantizerMeasure(Spec):
+    """What one quantizer did to one operand of one layer during an evaluation."""
+
+    format: str = Field(description="Format of the quantizer.")
+    operand: Operand = Field(description="weight or activation.")
+    layer: int = Field(description="Decoder layer.")
+    sqnr_db: float | None = Field(
+        description="Signal to quantization noise ratio in dB; null where it is infinite or not finite."
+    )
+    zero_fraction: float = Field(description="Share of the quantized values that are zero.")
+    clipped_fraction: float = Field(
+        description="Share of the values beyond the largest that their scale represents."
+    )
+
+
 class EvaluationRow(Spec):
     """One evaluation: training x step x condition x split."""
 
@@ -37,13 +55,23 @@ class EvaluationRow(Spec):
     split: Split = Field(description="validation (search) or test (confirm).")
     rows: int = Field(description="Rows evaluated.")
     loss: float | None = Field(
-        description="Answer cross-entropy, nats per answer token; null when not finite."
+        description="Answer cross-entropy, nats per answer token, mean over the draws; null when not finite."
     )
     exact_match: float = Field(
-        description="Share of rows whose whole answer is predicted, teacher-forced."
+        description="Share of rows whose whole answer is predicted, teacher-forced; mean over the draws."
+    )
+    draws: int = Field(1, description="Draws of the random faults, or unseen devices.")
+    loss_sd: float | None = Field(
+        None, description="Standard deviation of the loss over the draws; null for a single draw."
+    )
+    exact_match_sd: float | None = Field(
+        None, description="Standard deviation of exact match over the draws."
     )
     faults: tuple[FaultMeasure, ...] = Field(
-        (), description="What each fault did; empty when clean."
+        (), description="What each fault did, over all draws; empty when clean."
+    )
+    quantizers: tuple[QuantizerMeasure, ...] = Field(
+        (), description="What each quantizer did, by operand and layer; empty when clean."
     )
 
 
@@ -63,6 +91,9 @@ class Audit(Spec):
     fault_sites: tuple[str, ...] = Field((), description="Modules that held a training fault.")
     noise_sites: tuple[str, ...] = Field((), description="Modules that carried noise.")
     noise: tuple[NoiseMeasure, ...] = Field((), description="Realised noise at the audited steps.")
+    quantizer_calls: int = Field(
+        0, description="Products on a quantized operand over the whole training."
+    )
     noise_calls: int = Field(0, description="Noise injections over the whole training.")
     fault_calls: int = Field(0, description="Fault applications over the whole training.")
     trainable_parameters: int = Field(0, description="Parameters that were trained.")
@@ -71,6 +102,86 @@ class Audit(Spec):
         description="LoRA: frozen weights have the same hash as before; full: no forward or backward "
         "pass changed a weight.",
     )
+
+
+class LayerMechanism(Spec):
+    """The gradient of one decoder layer at one step, beside its clean gradient.
+
+    The gradient is that of all tensors of the layer that the run trains, of the whole batch, before
+    clipping. The clean gradient is that of the same weights and the same batch with no fault, no
+    quantizer and no noise: a counterfactual at equal weights. It separates what the device does to
+    the gradient in this step from where the training has gone in the steps before.
+    """
+
+    layer: int = Field(description="Decoder layer.")
+    gradient_norm: float | None = Field(
+        description="Euclidean norm of the layer's gradient; null when not finite."
+    )
+    norm_ratio: float | None = Field(
+        description="That norm over the clean gradient's; null when not finite or the latter is 0."
+    )
+    cosine: float | None = Field(
+        description="Cosine between the gradient and the clean gradient, 0 where no gradient arrives; "
+        "null when not finite or the clean gradient is 0."
+    )
+
+
+class Activation(Spec):
+    """What the values of one place look like in one forward pass, padding excluded.
+
+    All tokens and features of a replicate are pooled. A number that is not finite is null.
+    """
+
+    rms: float | None = Field(description="Root mean square.")
+    max_abs: float | None = Field(description="Largest magnitude.")
+    kurtosis: float | None = Field(
+        description="Fisher's excess kurtosis, 0 for a normal distribution; null for constant values."
+    )
+    zero_fraction: float = Field(description="Share of the values that are exactly zero.")
+
+
+Injected = Literal["nothing", "noise", "quantizer", "fault"]
+
+
+class SiteActivation(Spec):
+    """Activations at one place of one decoder layer, in the first microbatch of a step.
+
+    One record per layer for its output as the next layer gets it, and one for everything that was
+    injected into activations: noise of sigma 0 was not, weights and gradients are no activations.
+    """
+
+    layer: int = Field(description="Decoder layer.")
+    module: str = Field(description="Name inside the layer; '.' is the layer itself.")
+    site: Literal["input", "output"] = Field(description="Which side of the module.")
+    injected: Injected = Field(description="What was injected here.")
+    kind: str = Field("", description="Kind of the fault, carrier of the noise, or number format.")
+    before: Activation | None = Field(
+        None,
+        exclude_if=lambda before: before is None,
+        description="The values that it met; null where nothing was injected.",
+    )
+    after: Activation = Field(description="The values that went on from here.")
+
+
+class Observation(Spec):
+    """What was seen of one training at one step."""
+
+    step: int = Field(
+        description="Optimiser steps taken before: the step was the next one, with these weights."
+    )
+    layers: tuple[LayerMechanism, ...] = Field(
+        description="Gradients by layer; without layers that the run leaves out or does not train."
+    )
+    sites: tuple[SiteActivation, ...] = Field(
+        description="Activations by layer; without layers that the run leaves out."
+    )
+
+
+class MechanismRow(Observation):
+    """What was seen of a training at one of its observed steps. It explains, and claims nothing."""
+
+    kind: Literal["mechanism"] = "mechanism"
+    training_key: str = Field(description="The training that was observed.")
 
 
 class TrainingRow(Spec):
@@ -98,6 +209,12 @@ class TrainingRow(Spec):
         None, description="What was attached and injected; null when it failed."
     )
     adapter: str = Field("", description="Exported adapter folder, relative to the study's.")
+    observations: tuple[Observation, ...] = Field(
+        (),
+        exclude_if=lambda observations: not observations,
+        description="What was seen since the last row, on its way from the worker; the ledger holds it "
+        "as mechanism rows.",
+    )
 
 
 class CellRow(Spec):
@@ -138,3 +255,9 @@ class SearchRow(Spec):
 LedgerRow = Annotated[
     EvaluationRow | TrainingRow | CellRow | SearchRow, Field(discriminator="kind")
 ]
+"""What results rest on, and all that evidence is given."""
+
+RecordedRow = Annotated[
+    EvaluationRow | TrainingRow | CellRow | SearchRow | MechanismRow, Field(discriminator="kind")
+]
+"""Everything that a ledger holds."""

@@ -14,18 +14,14 @@ from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
 
-from aqn_tune.noise.carriers.rmsnorm_weight import RmsnormWeight
-from aqn_tune.noise.policy import NoisePolicy
-from aqn_tune.noise.schedules import Schedule
-from aqn_tune.noise.schedules.constant import Constant
-from aqn_tune.noise.targeting import Targeting
-from aqn_tune.noise.targeting.multipliers import Multipliers
-from aqn_tune.noise.targeting.subset import Healthy, Random, Targeted, Window
-from aqn_tune.study.arms import ArmSpec
-from aqn_tune.study.cells import named_arms, twin
+from aqn_tune.report.hparam_values import arm_params as arm_params
+from aqn_tune.report.hparam_values import config_params as config_params
+from aqn_tune.report.hparam_values import is_number, with_defaults
+from aqn_tune.study.cells import named_arms
 from aqn_tune.study.scenario import Scenario
 from aqn_tune.study.schema import Study
-from aqn_tune.study.space import Params, Value, arm_of
+from aqn_tune.study.space import Value
+from aqn_tune.study.space_checks import corners
 
 FIRST_COLUMNS = ("stage", "scenario", "arm")
 
@@ -68,116 +64,35 @@ class Status(IntEnum):
 
 
 def columns(study: Study, scenarios: Sequence[Scenario]) -> dict[str, bool]:
-    """Return every hyper-parameter column, and whether it holds numbers."""
+    """Return every hyper-parameter column, and whether it holds numbers.
+
+    A space brings its dimensions and, by its corners, what its configs have beside them. A parameter
+    of `DEFAULTS` has a column where something is not at the default or is searched.
+    """
     table = dict.fromkeys(FIRST_COLUMNS, False)
+
+    def add(name: str, numeric: bool) -> None:
+        table[name] = table.get(name, True) and numeric
+
     for scenario in scenarios:
         for name, value in scenario.values.items():
-            table[name] = table.get(name, True) and _is_number(value)
+            add(name, is_number(value))
     table.update(POLICY_COLUMNS)
-    for arm in named_arms(study).values():
+    for arm_name, arm in named_arms(study).items():
         for name, value in arm_params(arm).items():
-            table[name] = table.get(name, True) and _is_number(value)
+            if (arm_name, name) != ("clean", "device"):  # that one is in its name
+                add(name, is_number(value))
     if study.search is not None:
-        for name, dimension in study.search.space.dimensions.items():
+        space = study.search.space
+        for name, dimension in space.dimensions.items():
             if dimension.kind == "choice":
-                numeric = all(_is_number(value) for value in dimension.values)
+                add(name, all(is_number(value) for value in dimension.values))
             else:
-                numeric = dimension.kind != "fixed" or _is_number(dimension.value)
-            table[name] = table.get(name, True) and numeric
-            if name.startswith("multiplier_"):
-                table.setdefault("multiplier_default", True)
+                add(name, dimension.kind != "fixed" or is_number(dimension.value))
+        for point in corners(space):
+            for name, value in config_params(point).items():
+                add(name, is_number(value))
     return table
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def arm_params(arm: ArmSpec) -> Params:
-    """Return what an arm has in the columns: its whole noise policy and what it trains otherwise.
-
-    An arm without noise has targeting `none` and no policy. Left blank are what the study's
-    training decides, and the layers that follow from the scenario's faults.
-    """
-    params: Params = {"targeting": "none"} if arm.noise is None else _policy_params(arm.noise)
-    if arm.learning_rate is not None:
-        params["learning_rate"] = arm.learning_rate
-    if arm.rank is not None:
-        params["rank"] = arm.rank
-    return params
-
-
-def config_params(params: Params, *, targeting: str | None = None) -> Params:
-    """Return the columns of a config of the search, or of its twin with another targeting.
-
-    Args:
-        params: as sampled.
-        targeting: `none` or `global` for the twin, None for the config itself.
-    """
-    arm = arm_of(params)
-    if targeting is None:
-        # The sampled numbers last: sigma_ratio is not to come back from a division.
-        return {**arm_params(arm), **params}
-    changed = twin(arm, targeting)
-    if changed is None:
-        return {}
-    shown = arm_params(changed)
-    return {name: params.get(name, value) for name, value in shown.items()} | {
-        "targeting": targeting
-    }
-
-
-def _policy_params(policy: NoisePolicy) -> Params:
-    params: Params = {"carrier": policy.carrier.kind}
-    if isinstance(policy.carrier, RmsnormWeight) and policy.carrier.relative:
-        params["carrier_relative"] = "true"
-    params.update(_schedule_params(policy.schedule))
-    params.update(_targeting_params(policy.targeting))
-    params["normalise"] = policy.normalise
-    return params
-
-
-def _schedule_params(schedule: Schedule) -> Params:
-    if isinstance(schedule, Constant):
-        return {
-            "schedule": schedule.kind,
-            "sigma_start": schedule.sigma,
-            "sigma_ratio": 1.0,
-            "stages": 1,
-            "warmup_fraction": schedule.warmup_fraction,
-        }
-    warmup = schedule.warmup_fraction
-    params: Params = {
-        "schedule": schedule.kind,
-        "sigma_start": schedule.sigma_start,
-        "stages": schedule.stages,
-        "warmup_fraction": 1 / (schedule.stages + 1) if warmup is None else warmup,
-    }
-    if schedule.sigma_start > 0:
-        params["sigma_ratio"] = schedule.sigma_end / schedule.sigma_start
-    return params
-
-
-def _targeting_params(targeting: Targeting) -> Params:
-    params: Params = {"targeting": targeting.kind}
-    if isinstance(targeting, Window):
-        params["window_centre"] = targeting.centre
-        params["window_width"] = targeting.width
-    elif isinstance(targeting, Targeted | Healthy) and targeting.layers is not None:
-        layers = targeting.layers
-        params["layers"] = layers if layers == "all" else ",".join(str(layer) for layer in layers)
-    elif isinstance(targeting, Random):
-        if targeting.count is not None:
-            params["random_count"] = targeting.count
-        if targeting.seed:
-            params["random_seed"] = targeting.seed
-    elif isinstance(targeting, Multipliers):
-        if isinstance(targeting.values, dict):
-            params.update({f"multiplier_{k}": v for k, v in sorted(targeting.values.items())})
-            params["multiplier_default"] = targeting.default
-        else:
-            params["multipliers"] = ",".join(f"{value:g}" for value in targeting.values)
-    return params
 
 
 def experiment_summary(study: Study, scenarios: Sequence[Scenario]) -> Any:
@@ -209,12 +124,20 @@ def experiment_summary(study: Study, scenarios: Sequence[Scenario]) -> Any:
 
 
 def session_start(name: str, values: Mapping[str, Value], numeric: Mapping[str, bool]) -> Any:
-    """Return the summary that opens the line `name` with its parameters."""
+    """Return the summary that opens the line `name` with its parameters.
+
+    Args:
+        name: The line.
+        values: Its parameters. Those without a column are left out, defaults are filled in.
+        numeric: The columns, and whether each holds numbers.
+    """
     from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 
     info = plugin_data_pb2.SessionStartInfo(group_name=name)
-    for key, value in values.items():
-        if numeric.get(key, False):
+    for key, value in with_defaults(values).items():
+        if key not in numeric:
+            continue
+        if numeric[key]:
             info.hparams[key].number_value = float(value)
         else:
             info.hparams[key].string_value = str(value)

@@ -33,7 +33,8 @@ def load_results(folder: StudyFolder) -> Results:
 
     study = load_study_file(folder)
     scenarios = resolve_scenarios(study)
-    rows = tuple(Ledger(folder.ledger).rows())
+    ledger = Ledger(folder.ledger)
+    rows = tuple(ledger.rows())
     locks = read_locks(folder.lock)
     _check_study(folder, study, locks)
     lock = locks.generation(study.confirm.generation)
@@ -56,6 +57,7 @@ def load_results(folder: StudyFolder) -> Results:
         lock_hash="" if lock is None else lock.identity(),
         gaps=(*gaps, *_gaps(study, rows, evidence, lock)),
         not_available=missing,
+        mechanism=ledger.mechanism,
     )
 
 

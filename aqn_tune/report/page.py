@@ -9,8 +9,10 @@ from aqn_tune.evidence.exploratory import Exploratory
 from aqn_tune.evidence.regimes import Regime
 from aqn_tune.evidence.verdicts import Verdict
 from aqn_tune.report.curve import EXACT_MATCH, LOSS, curve_svg
+from aqn_tune.report.device_tables import device_tables
 from aqn_tune.report.exploratory_table import exploratory_table, explored
 from aqn_tune.report.forest import forest_svg
+from aqn_tune.report.mechanism_figure import CAPTION, DEFINITION, mechanism_sections
 from aqn_tune.report.record_tables import cost_table, failed_table, missing_table, search_table
 from aqn_tune.report.results import Results, cell_id
 from aqn_tune.report.scenario_tables import (
@@ -63,6 +65,8 @@ class Part(NamedTuple):
     answers: tuple[Answer, ...]
     curves: tuple[str, ...]
     scenarios: Table
+    devices: tuple[Table, ...]
+    """What number formats and draws of the fault did; empty where there are none."""
     forest: str
     contrasts: Table | None
     recovery: Table
@@ -105,6 +109,7 @@ def _part(results: Results, during: During, found: tuple[Exploratory, ...]) -> P
         answers=answers(results, during),
         curves=tuple(curve for curve in curves if curve),
         scenarios=scenario_table(results, during),
+        devices=device_tables(results, during),
         forest=forest_svg(results, during) if claims else "",
         contrasts=contrasts_table(results, during) if claims else None,
         recovery=recovery_table(results, during),
@@ -147,6 +152,9 @@ def context(results: Results) -> dict[str, Any]:
         "given_the_test_set": GIVEN_THE_TEST_SET,
         "legend": legend_table(),
         "parts": tuple(_part(results, during, found) for during in results.during_values),
+        "mechanism": mechanism_sections(results),
+        "mechanism_definition": DEFINITION,
+        "mechanism_caption": CAPTION,
         "records": tuple(table for table in records if table is not None),
         "rerun": f"aqn-tune rerun {place} {example}",
         "tensorboard": f"tensorboard --logdir {place}/{results.folder.tensorboard.name}",

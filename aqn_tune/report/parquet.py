@@ -57,6 +57,9 @@ def _line(results: Results, cell: CellRow, condition: ConditionName) -> dict[str
         "loss": row.loss if row else None,
         "exact_match": row.exact_match if row else None,
         "rows": row.rows if row else None,
+        "draws": row.draws if row else None,
+        "loss_sd_over_draws": row.loss_sd if row else None,
+        "exact_match_sd_over_draws": row.exact_match_sd if row else None,
         "affected_fraction": fault.affected_fraction if fault else None,
         "relative_error": fault.relative_error if fault else None,
         "seconds": results.seconds.get(cell.training_key),
@@ -64,8 +67,16 @@ def _line(results: Results, cell: CellRow, condition: ConditionName) -> dict[str
     }
 
 
-NUMBERS = ("loss", "exact_match", "affected_fraction", "relative_error", "seconds")
-COUNTS = ("generation", "replicate", "step", "steps", "rows")
+NUMBERS = (
+    "loss",
+    "exact_match",
+    "loss_sd_over_draws",
+    "exact_match_sd_over_draws",
+    "affected_fraction",
+    "relative_error",
+    "seconds",
+)
+COUNTS = ("generation", "replicate", "step", "steps", "rows", "draws")
 
 
 def write_parquet(results: Results, path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -12,7 +12,14 @@ from aqn_tune.errors import UserError
 from aqn_tune.evidence.arms import ArmEvidence
 from aqn_tune.evidence.assemble import Evidence, ScenarioEvidence
 from aqn_tune.evidence.tables import CellResult, Tables
-from aqn_tune.ledger.rows import CellRow, EvaluationRow, LedgerRow, SearchRow, TrainingRow
+from aqn_tune.ledger.rows import (
+    CellRow,
+    EvaluationRow,
+    LedgerRow,
+    MechanismRow,
+    SearchRow,
+    TrainingRow,
+)
 from aqn_tune.report.text import Spread, spread
 from aqn_tune.study.cells import NotAvailable
 from aqn_tune.study.folder import StudyFolder
@@ -60,6 +67,8 @@ class Results:
     """What is missing, one sentence each; claims are made only when nothing is."""
     not_available: tuple[NotAvailable, ...]
     """Arms that cannot exist in a scenario, each with its reason."""
+    mechanism: Mapping[tuple[str, int], MechanismRow] = field(default_factory=dict)
+    """What was seen of each training, by training key and step."""
 
     @property
     def makes_claims(self) -> bool:

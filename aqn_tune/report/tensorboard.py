@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aqn_tune.ledger import Ledger
-from aqn_tune.ledger.rows import CellRow, EvaluationRow, LedgerRow, SearchRow, TrainingRow
+from aqn_tune.ledger.rows import (
+    CellRow,
+    EvaluationRow,
+    MechanismRow,
+    RecordedRow,
+    SearchRow,
+    TrainingRow,
+)
 from aqn_tune.report.hparams import (
     Status,
     arm_params,
@@ -28,6 +35,7 @@ from aqn_tune.report.hparams import (
     session_end,
     session_start,
 )
+from aqn_tune.report.mechanism_events import Profiles, mean_profiles, profiles, summary
 from aqn_tune.study.cells import named_arms
 from aqn_tune.study.folder import StudyFolder
 from aqn_tune.study.schema import Study
@@ -73,6 +81,14 @@ class _Point(NamedTuple):
     final: bool
 
 
+class _Observed(NamedTuple):
+    """What was seen of a training at one step."""
+
+    step: int
+    profiles: Profiles
+    summary: Any
+
+
 class TensorBoardWriter:
     """Write rows to TensorBoard as they come. Not thread-safe; rows may come in any order.
 
@@ -90,7 +106,7 @@ class TensorBoardWriter:
         self._values = {scenario.name: scenario.values for scenario in scenarios}
         self._numeric = columns(study, scenarios)
         self._arms = named_arms(study)
-        rows = tuple(Ledger(folder.ledger).rows())
+        rows = tuple(Ledger(folder.ledger).recorded())
         self._replicates = _replicates(study, rows)
         self._params: dict[tuple[str, str], Params] = {}
         self._cells: dict[str, list[CellRow]] = {}
@@ -99,13 +115,15 @@ class TensorBoardWriter:
         self._trainings: dict[str, TrainingRow] = {}
         self._points: dict[str, list[_Point]] = {}
         self._means: dict[tuple[_Line, str, int], dict[int, float]] = {}
+        self._observed: dict[str, list[_Observed]] = {}
+        self._observed_means: dict[tuple[_Line, int], dict[int, Profiles]] = {}
         self._pending: dict[str, list[tuple[int, Any]]] = {}
         self._begun: set[str] = set()
         self._add("", 0, experiment_summary(study, scenarios))
         self.write(rows)
         self._remove_strangers()
 
-    def write(self, rows: Sequence[LedgerRow]) -> None:
+    def write(self, rows: Sequence[RecordedRow]) -> None:
         """Add the rows to the curves; on disk when it returns."""
         for row in rows:
             if isinstance(row, CellRow):
@@ -114,6 +132,8 @@ class TensorBoardWriter:
                 self._search(row)
             elif isinstance(row, TrainingRow):
                 self._training(row)
+            elif isinstance(row, MechanismRow):
+                self._mechanism(row)
             else:
                 self._evaluation(row)
         self._flush()
@@ -130,6 +150,8 @@ class TensorBoardWriter:
         self._cells.setdefault(row.training_key, []).append(row)
         for point in self._points.get(row.training_key, ()):
             self._point(row, point)
+        for seen in self._observed.get(row.training_key, ()):
+            self._observe(row, seen)
         self._end_if_done(line)
 
     def _open(self, line: _Line, row: CellRow) -> None:
@@ -173,6 +195,24 @@ class TensorBoardWriter:
             stage: Stage = "search" if row.split == "validation" else "confirm"
             point = _Point(tag, row.step, value, row.scenario, stage, row.final)
             self._new_point(row.training_key, point)
+
+    def _mechanism(self, row: MechanismRow) -> None:
+        found = profiles(row)
+        seen = _Observed(row.step, found, summary(found))
+        self._observed.setdefault(row.training_key, []).append(seen)
+        for cell in self._cells.get(row.training_key, ()):
+            self._observe(cell, seen)
+
+    def _observe(self, cell: CellRow, seen: _Observed) -> None:
+        line = _line_of(cell)
+        members = self._observed_means.setdefault((line, seen.step), {})
+        if cell.replicate in members:
+            return
+        members[cell.replicate] = seen.profiles
+        self._add(f"{line.name}/s{cell.replicate}", seen.step, seen.summary)
+        if len(members) == self._replicates.get((cell.stage, cell.generation)):
+            mean = mean_profiles([members[replicate] for replicate in sorted(members)])
+            self._add(f"{line.name}/mean", seen.step, summary(mean))
 
     def _new_point(self, training_key: str, point: _Point) -> None:
         self._points.setdefault(training_key, []).append(point)
@@ -239,7 +279,7 @@ class TensorBoardWriter:
                 path.unlink()
 
 
-def _replicates(study: Study, rows: Sequence[LedgerRow]) -> dict[tuple[Stage, int], int]:
+def _replicates(study: Study, rows: Sequence[RecordedRow]) -> dict[tuple[Stage, int], int]:
     """Return how many replicates a stage and generation has."""
     found: dict[tuple[Stage, int], int] = {}
     for row in rows:
@@ -261,6 +301,12 @@ def _measures(row: EvaluationRow) -> Iterator[tuple[str, float]]:
         yield f"affected_fraction{suffix}", fault.affected_fraction
         if fault.relative_error is not None:
             yield f"relative_error{suffix}", fault.relative_error
+    if row.loss_sd is not None:
+        yield f"loss_sd_over_draws/{row.condition}", row.loss_sd
+    for quantizer in row.quantizers:
+        where = f"{quantizer.format}_{quantizer.operand}/layer{quantizer.layer:02d}"
+        if quantizer.sqnr_db is not None:
+            yield f"sqnr_db/{where}", quantizer.sqnr_db
 
 
 def _write_events(path: Path, summaries: Sequence[tuple[int, Any]], *, anew: bool) -> None:

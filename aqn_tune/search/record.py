@@ -11,11 +11,17 @@ from aqn_tune.ledger import Ledger
 from aqn_tune.ledger.broken import BROKE_OFF as BROKE_OFF
 from aqn_tune.ledger.broken import broke_off as broke_off
 from aqn_tune.ledger.ledger import evaluation_id
-from aqn_tune.ledger.rows import CellRow, EvaluationRow, LedgerRow, TrainingRow
+from aqn_tune.ledger.rows import (
+    CellRow,
+    EvaluationRow,
+    MechanismRow,
+    RecordedRow,
+    TrainingRow,
+)
 from aqn_tune.study.cells import Cell
 from aqn_tune.study.runs import Pack
 
-RowListener = Callable[[Sequence[LedgerRow]], None]
+RowListener = Callable[[Sequence[RecordedRow]], None]
 """Is given rows right after they are on disk."""
 
 _OF_THE_PACK = {"seconds", "pack", "pack_size"}
@@ -37,7 +43,7 @@ class Recorder:
         """Leave the listeners behind: they hold open files, and no copy may write."""
         return {"ledger": self.ledger, "_root": self._root, "_listeners": ()}
 
-    def write(self, rows: Iterable[LedgerRow]) -> None:
+    def write(self, rows: Iterable[RecordedRow]) -> None:
         """Append `rows` as they are, wait until they are on disk, and tell the listeners."""
         rows = list(rows)
         if not rows:
@@ -84,9 +90,14 @@ class Recorder:
         not deterministic, and a continued study could not be trusted. Two packs that hold the same
         training may differ by rounding; the first one recorded holds.
         """
-        new: list[LedgerRow] = []
+        new: list[RecordedRow] = []
         for row in rows:
             if isinstance(row, EvaluationRow):
+                if row.final != (row.step == pack.runs[0].training.steps):
+                    raise ValueError(
+                        f"pack {pack.name}: step {row.step} of {pack.runs[0].training.steps} was "
+                        f"reported as {'final' if row.final else 'not final'}"
+                    )
                 known_evaluation = self.ledger.evaluations.get(evaluation_id(row))
                 if known_evaluation is None:
                     new.append(row)
@@ -94,10 +105,22 @@ class Recorder:
                     raise _differs(pack, known_evaluation, row)
             elif pack.rungs != (0,):
                 # The base pack takes no step: its rows are no state of the training that it names.
+                self._observations(pack, row, new)
+                row = row.model_copy(update={"observations": ()})
                 self._training(pack, self._with_relative_adapter(row), new)
         self.write(new)
 
-    def _training(self, pack: Pack, row: TrainingRow, new: list[LedgerRow]) -> None:
+    def _observations(self, pack: Pack, row: TrainingRow, new: list[RecordedRow]) -> None:
+        """Give what was seen of a training rows of its own, ahead of the row that says it got there."""
+        for seen in row.observations:
+            mechanism = MechanismRow(training_key=row.training_key, **dict(seen))
+            known = self.ledger.mechanism.get((row.training_key, seen.step))
+            if known is None:
+                new.append(mechanism)
+            elif known != mechanism and self._same_pack(row.training_key, pack):
+                raise _differs(pack, known, mechanism)
+
+    def _training(self, pack: Pack, row: TrainingRow, new: list[RecordedRow]) -> None:
         known = self.ledger.trainings.get(row.training_key)
         same_rung = self.ledger.rungs.get((row.training_key, row.step_reached))
         if (
@@ -146,7 +169,7 @@ class Recorder:
         self.write(rows)
 
 
-def _differs(pack: Pack, known: LedgerRow, row: LedgerRow) -> UserError:
+def _differs(pack: Pack, known: RecordedRow, row: RecordedRow) -> UserError:
     old, new = known.model_dump(mode="json"), row.model_dump(mode="json")
     fields = ", ".join(f"{k}: {old[k]} / {new[k]}" for k in old if old[k] != new[k])
     return UserError(

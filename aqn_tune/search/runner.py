@@ -109,7 +109,7 @@ def search_left(
     recorder = Recorder(Ledger(folder.ledger), folder.root)
     cells = stage_cells(study, setting, scenarios, stage="search", layer_count=layer_count).cells
     controls = FixedPacks(
-        _packs(study, study.search, scenarios, cells),
+        _packs(study, study.search, scenarios, cells, layer_count),
         setting=setting,
         recorder=recorder,
         state=folder.state,
@@ -153,11 +153,15 @@ def control_packs(
         raise ValueError("the study has no search")
     cells = stage_cells(study, setting, scenarios, stage="search", layer_count=layer_count).cells
     recorder.cells(cells)
-    return _packs(study, study.search, scenarios, cells)
+    return _packs(study, study.search, scenarios, cells, layer_count)
 
 
 def _packs(
-    study: Study, spec: SearchSpec, scenarios: Sequence[Scenario], cells: Sequence[Cell]
+    study: Study,
+    spec: SearchSpec,
+    scenarios: Sequence[Scenario],
+    cells: Sequence[Cell],
+    layer_count: int,
 ) -> tuple[Pack, ...]:
     clean = next(cell.run for cell in cells if cell.arm == "clean")
     packs = make_packs(
@@ -168,4 +172,5 @@ def _packs(
         rungs=rung_steps(spec, study.training.steps),
         split="validation",
     )
-    return (base_pack(clean, scenarios, stage="search", split="validation"), *packs)
+    base = base_pack(clean, scenarios, layer_count=layer_count, stage="search", split="validation")
+    return (base, *packs)

@@ -8,12 +8,15 @@ from pydantic import Field, field_validator
 
 from aqn_tune.noise.carriers import Carrier
 from aqn_tune.noise.carriers.hidden import Hidden
+from aqn_tune.noise.effective import Redraw
 from aqn_tune.noise.policy import NoisePolicy
 from aqn_tune.noise.schedules import Schedule
 from aqn_tune.noise.schedules.geometric import Geometric
 from aqn_tune.study.base import Spec
+from aqn_tune.study.layers import Layers
 
 ControlName = Literal["clean", "fault_only", "global", "targeted", "healthy", "random"]
+ArmDevice = Literal["scenario", "healthy", "faulty"]
 CONTROL_NAMES: tuple[ControlName, ...] = (
     "clean", "fault_only", "global", "targeted", "healthy", "random",
 )  # fmt: skip
@@ -25,14 +28,24 @@ class ArmSpec(Spec):
     noise: NoisePolicy | None = Field(
         None, description="The noise policy; null trains without noise."
     )
-    healthy_device: bool = Field(
-        False,
-        description="Train without the scenario's faults whatever `during` says (the clean arm).",
+    device: ArmDevice = Field(
+        "scenario",
+        description="What it trains on: scenario (as `during` says), healthy (as the clean arm), or "
+        "faulty (fault-aware training, also where the scenario trains on a healthy device).",
+    )
+    skip: Literal["faulty"] | Layers | None = Field(
+        None, description="Decoder layers to leave out for good: layers, or 'faulty'."
+    )
+    train_layers: Literal["faulty", "healthy"] | Layers = Field(
+        "all", description="Decoder layers that are trained: all, faulty, healthy, or layers."
     )
     learning_rate: float | None = Field(
         None, gt=0, description="Learning rate in place of the training's own."
     )
     rank: int | None = Field(None, ge=1, description="LoRA rank in place of the training's own.")
+    weight_decay: float | None = Field(
+        None, ge=0, description="Weight decay in place of the training's own."
+    )
 
 
 class ControlsSpec(Spec):
@@ -48,6 +61,12 @@ class ControlsSpec(Spec):
     )
     normalise: Literal["none", "energy"] = Field(
         "none", description="energy gives every noised control the dose of global."
+    )
+    # Left out of dumps at its default, so that studies written before it existed keep their identity.
+    redraw: Redraw = Field(
+        "step",
+        exclude_if=lambda redraw: redraw == "step",
+        description="How long a draw of the noise lasts in the noised controls: step, microbatch or forward.",
     )
 
     @field_validator("carrier", "schedule", mode="before")
@@ -68,7 +87,7 @@ class ControlsSpec(Spec):
     def arm(self, name: ControlName) -> ArmSpec:
         """Return the arm that the control `name` stands for."""
         if name == "clean":
-            return ArmSpec(healthy_device=True)
+            return ArmSpec(device="healthy")
         if name == "fault_only":
             return ArmSpec()
         policy = NoisePolicy.model_validate(
@@ -77,6 +96,7 @@ class ControlsSpec(Spec):
                 "schedule": self.schedule.model_dump(),
                 "targeting": {"kind": name},
                 "normalise": self.normalise,
+                "redraw": self.redraw,
             }
         )
         return ArmSpec(noise=policy)

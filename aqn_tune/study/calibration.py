@@ -37,6 +37,8 @@ class Workload(Spec):
     rank: int = Field(description="LoRA rank; 0 for full.")
     batch_size: int = Field(description="Rows per step.")
     max_length: int = Field(description="Tokens per row.")
+    gradient_accumulation_steps: int = Field(1, description="Microbatches per step.")
+    gradient_checkpointing: bool = Field(False, description="Whether activations are recomputed.")
 
 
 class Rate(Spec):
@@ -76,7 +78,7 @@ class Sample(NamedTuple):
 
     steps: int
     rows: int
-    """Rows evaluated, over all evaluations."""
+    """Rows evaluated, over all evaluations and their draws."""
     seconds: float
 
 
@@ -95,6 +97,8 @@ def workload_of(setting: Setting, training: TrainingSpec) -> Workload:
         rank=method.rank if isinstance(method, Lora) else 0,
         batch_size=training.batch_size,
         max_length=training.max_length,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        gradient_checkpointing=training.gradient_checkpointing,
     )
 
 
@@ -202,7 +206,8 @@ def _samples(
 ) -> dict[tuple[Workload, int], list[Sample]]:
     rows: dict[str, int] = {}
     for evaluation in ledger.evaluations.values():
-        rows[evaluation.training_key] = rows.get(evaluation.training_key, 0) + evaluation.rows
+        passed = evaluation.rows * evaluation.draws
+        rows[evaluation.training_key] = rows.get(evaluation.training_key, 0) + passed
     params = {(r.scenario, r.config): r.params for r in ledger.search if r.event == "asked"}
     trainings = {
         cell.training_key: _training(study, cell.arm, params.get((cell.scenario, cell.config)))

@@ -6,16 +6,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from aqn_tune.errors import UserError
-from aqn_tune.noise.policy import EffectiveNoise
 from aqn_tune.noise.targeting.uniform import Global, NoTargeting
 from aqn_tune.study.arms import ArmSpec
-from aqn_tune.study.layers import resolve_layers
+from aqn_tune.study.resolve import conditions_of as conditions_of
+from aqn_tune.study.resolve import resolve_run as resolve_run
+from aqn_tune.study.resolve import training_of as training_of
 from aqn_tune.study.runs import Condition, Pack, Run, Setting, Split, pack_key
 from aqn_tune.study.scenario import Scenario
 from aqn_tune.study.schema import Study
 from aqn_tune.study.seeds import Stage, replicate_seed
 from aqn_tune.study.space import Params, arm_of
-from aqn_tune.study.training import Full, TrainingSpec
 
 
 class Cell(NamedTuple):
@@ -53,72 +53,6 @@ class ArmCells(NamedTuple):
 
     cells: tuple[Cell, ...]
     missing: tuple[NotAvailable, ...]
-
-
-def training_of(study: Study, arm: ArmSpec) -> TrainingSpec:
-    """Return the study's training with what `arm` changes of it."""
-    changes: dict[str, object] = {}
-    if arm.learning_rate is not None:
-        changes["learning_rate"] = arm.learning_rate
-    if arm.rank is not None:
-        if isinstance(study.training.method, Full):
-            raise UserError(
-                "rank: full fine-tuning has no rank; remove it, or train with method lora"
-            )
-        changes["method"] = study.training.method.model_copy(update={"rank": arm.rank})
-    return study.training.model_copy(update=changes)
-
-
-def conditions_of(scenario: Scenario) -> tuple[Condition, ...]:
-    """Return the two conditions of a scenario: clean, and faulty under its deployed faults."""
-    return (
-        Condition(name="clean"),
-        Condition(name="faulty", scenario=scenario.name, faults=scenario.spec.deployed()),
-    )
-
-
-def resolve_run(
-    study: Study, scenario: Scenario, arm: ArmSpec, *, seed: int, layer_count: int
-) -> Run:
-    """Return the run of `arm` under `scenario` with one replicate seed.
-
-    Raises UserError when the arm cannot exist there (healthy when every layer is faulty).
-    """
-    training = training_of(study, arm)
-    noise = None
-    if arm.noise is not None:
-        noise = arm.noise.resolve(
-            steps=training.steps,
-            layer_count=layer_count,
-            fault_layers=scenario.spec.fault_layers(layer_count),
-        )
-    if noise is not None and study.model.dtype == "bfloat16":
-        _refuse_lost_noise(noise)
-    trained = () if arm.healthy_device else scenario.spec.trained()
-    return Run(
-        training=training,
-        # Resolved, so that [-1] and [27] are one training.
-        faults=tuple(
-            fault.model_copy(update={"layers": resolve_layers(fault.layers, layer_count)})
-            for fault in trained
-        ),
-        noise=noise,
-        seed=seed,
-        conditions=conditions_of(scenario),
-    )
-
-
-BFLOAT16_SIGMA = 2.0**-6
-"""Smallest relative noise that bfloat16 carries: four times the distance of neighbouring numbers."""
-
-
-def _refuse_lost_noise(noise: EffectiveNoise) -> None:
-    smallest = min(s for s in noise.sigma if s > 0) * min(m for m in noise.multipliers if m > 0)
-    if smallest < BFLOAT16_SIGMA:
-        raise UserError(
-            f"noise: a standard deviation of {smallest:.3g} is lost in bfloat16, which resolves "
-            f"{BFLOAT16_SIGMA:.3g}; use model.dtype float32, or a schedule that ends above it"
-        )
 
 
 def twin(arm: ArmSpec, targeting: str) -> ArmSpec | None:
@@ -270,11 +204,14 @@ def make_packs(
     return tuple(packs)
 
 
-def base_pack(run: Run, scenarios: Sequence[Scenario], *, stage: Stage, split: Split) -> Pack:
+def base_pack(
+    run: Run, scenarios: Sequence[Scenario], *, layer_count: int, stage: Stage, split: Split
+) -> Pack:
     """Return the pack that evaluates the untrained base under every condition of the study."""
     conditions: dict[str, Condition] = {}
     for scenario in scenarios:
-        for condition in conditions_of(scenario):
+        for condition in conditions_of(scenario, layer_count):
             conditions[f"{condition.name} {condition.scenario}"] = condition
-    base = run.model_copy(update={"conditions": tuple(conditions.values())})
+    # An arm that leaves layers out is another model: the untrained base has them all.
+    base = run.model_copy(update={"conditions": tuple(conditions.values()), "skip": ()})
     return Pack(name="base", stage=stage, runs=(base,), rungs=(0,), split=split)

@@ -21,6 +21,7 @@ class Work:
     steps: int
     """Optimiser steps, summed over replicates."""
     evaluations: int
+    """Passes over the split; an evaluation with several draws counts as many."""
     rows: int
     """Evaluated rows, summed over evaluations."""
 
@@ -31,6 +32,9 @@ class Work:
             self.evaluations + other.evaluations,
             self.rows + other.rows,
         )
+
+
+NOTHING = Work(0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -58,48 +62,59 @@ def search_plan(study: Study, scenarios: Sequence[Scenario], cells: ArmCells) ->
     if study.search is None:
         raise ValueError("the study has no search")
     rungs, rows = rung_steps(study.search, study.training.steps), split_rows(study, "search")
-    controls = _trainings_work(cells, rungs, rows) + _base_work(scenarios, rows)
-    replicates = study.search.replicates * len(scenarios)
-    expected = most = Work(0, 0, 0, 0)
-    alive = float(study.search.configs)
-    previous = 0
-    for rung in rungs:
-        started = round(alive) * replicates
-        full = study.search.configs * replicates
-        first = previous == 0
-        expected += _rung_work(started, rung - previous, rows, first)
-        most += _rung_work(full, rung - previous, rows, first)
-        alive, previous = max(alive / study.search.reduction_factor, min(alive, 1)), rung
+    controls = _trainings_work(cells, rungs, rows) + _base_work(cells, rows)
+    replicates = study.search.replicates
+    expected = most = NOTHING
+    for passes in _passes(scenarios, cells):
+        alive = float(study.search.configs)
+        previous = 0
+        for rung in rungs:
+            started = round(alive) * replicates
+            full = study.search.configs * replicates
+            first = previous == 0
+            expected += _rung_work(started, rung - previous, passes, rows, first)
+            most += _rung_work(full, rung - previous, passes, rows, first)
+            alive, previous = max(alive / study.search.reduction_factor, min(alive, 1)), rung
     return _stage_plan(study, "search", cells, rows, controls + expected, controls + most)
 
 
-def _rung_work(trainings: int, steps: int, rows: int, first: bool) -> Work:
-    """Return what it takes to bring trainings to a rung and evaluate them, clean and faulty."""
-    return Work(trainings if first else 0, trainings * steps, trainings * 2, trainings * 2 * rows)
+def _rung_work(trainings: int, steps: int, passes: int, rows: int, first: bool) -> Work:
+    """Return what it takes to bring trainings to a rung and evaluate each in so many passes."""
+    evaluations = trainings * passes
+    return Work(trainings if first else 0, trainings * steps, evaluations, evaluations * rows)
+
+
+def _passes(scenarios: Sequence[Scenario], cells: ArmCells) -> tuple[int, ...]:
+    """Return how often an evaluation goes over the split in each scenario, clean and faulty."""
+    conditions = {cell.scenario: cell.run.conditions for cell in cells.cells}
+    return tuple(sum(c.draws for c in conditions[scenario.name]) for scenario in scenarios)
 
 
 def confirm_plan(study: Study, scenarios: Sequence[Scenario], cells: ArmCells) -> StagePlan:
     """Return the work of the confirmation, with every finalist and twin that it may bring."""
     rungs, rows = (study.training.steps,), split_rows(study, "confirm")
-    known = _trainings_work(cells, rungs, rows) + _base_work(scenarios, rows)
+    work = _trainings_work(cells, rungs, rows) + _base_work(cells, rows)
     # A finalist and its `global` twin; its `none` twin is `fault_only` unless the search may change
     # more than the noise.
     dimensions = study.search.space.dimensions if study.search else {}
     arms = 3 if {"learning_rate", "rank"} & set(dimensions) else 2
-    finalists = study.finalist_count() * arms * study.confirm.replicates * len(scenarios)
-    work = known + _rung_work(finalists, study.training.steps, rows, True)
+    finalists = study.finalist_count() * arms * study.confirm.replicates
+    for passes in _passes(scenarios, cells):
+        work += _rung_work(finalists, study.training.steps, passes, rows, True)
     return _stage_plan(study, "confirm", cells, rows, work, work)
 
 
 def _trainings_work(cells: ArmCells, rungs: Sequence[int], rows: int) -> Work:
     runs = unique_runs(cells.cells).values()
-    evaluations = sum(len(run.conditions) for run in runs) * len(rungs)
+    evaluations = sum(c.draws for run in runs for c in run.conditions) * len(rungs)
     return Work(len(runs), len(runs) * rungs[-1], evaluations, evaluations * rows)
 
 
-def _base_work(scenarios: Sequence[Scenario], rows: int) -> Work:
-    """Return the evaluations of the untrained base: clean, and once per scenario."""
-    return Work(0, 0, 1 + len(scenarios), (1 + len(scenarios)) * rows)
+def _base_work(cells: ArmCells, rows: int) -> Work:
+    """Return the evaluations of the untrained base: clean, and faulty in each scenario."""
+    draws = {(c.name, c.scenario): c.draws for cell in cells.cells for c in cell.run.conditions}
+    evaluations = sum(draws.values())
+    return Work(0, 0, evaluations, evaluations * rows)
 
 
 def _stage_plan(

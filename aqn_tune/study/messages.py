@@ -13,6 +13,8 @@ from aqn_tune.errors import UserError, nearest
 from aqn_tune.study.source import KeyPath, Source, dotted
 
 _PREFIX = "Input should be "
+TAGS = ("kind", "format")
+"""Keys that say which of several models a mapping is; a model with both is told by the first."""
 
 
 def as_user_error(error: ValidationError, model: type[BaseModel], source: Source) -> UserError:
@@ -58,8 +60,13 @@ def _joined(source: Source, path: KeyPath, texts: list[str]) -> str:
     got = [text for text in texts if text.startswith("got ")]
     if len(got) > 1:  # one complaint per member of a union: what was got, then all that is allowed
         head = got[0].partition("; allowed: ")[0]
-        allowed = dict.fromkeys(text.partition("; allowed: ")[2] for text in got)
-        merged = f"{head}; allowed: {', or '.join(a for a in allowed if a)}"
+        allowed: dict[str, None] = {}
+        hints: dict[str, None] = {}
+        for text in got:
+            one, sign, hint = text.partition("; allowed: ")[2].partition("; did you mean")
+            allowed[one] = None
+            hints[sign + hint] = None
+        merged = f"{head}; allowed: {', or '.join(a for a in allowed if a)}{''.join(hints)}"
         texts = [merged, *(text for text in texts if text not in got)]
     body = "; ".join(texts)
     first, sign, _ = body.partition(": ")
@@ -80,20 +87,22 @@ def _text(item: dict[str, Any], path: KeyPath, candidates: list[Any]) -> str:
     if kind == "union_tag_invalid":
         tags = [tag.strip(" '") for tag in context["expected_tags"].split(",")]
         return (
-            f"unknown kind '{context['tag']}'; allowed are {', '.join(tags)}"
+            f"unknown {_told_apart(context)} '{context['tag']}'; allowed are {', '.join(tags)}"
             f"{nearest(context['tag'], tags)}"
         )
     if kind == "union_tag_not_found":
-        return f"the key `kind` is missing; allowed kinds are {', '.join(_kinds(candidates))}"
+        name = _told_apart(context)
+        return f"the key `{name}` is missing; allowed {name}s are {', '.join(_tags(candidates))}"
     if kind == "value_error":
         return str(context.get("error", item["msg"]))
     got = _shown(item["input"])
     if kind == "too_short":
         return f"got {got}; allowed: at least {context['min_length']} entries"
     if kind in ("model_type", "model_attributes_type"):
-        kinds = list(_kinds(candidates))
+        kinds = list(_tags(candidates))
+        name = next((_tag_field(hint) for hint in _members(candidates) if _tag_field(hint)), "")
         return f"got {got}; allowed: a mapping" + (
-            f" with `kind`: {', '.join(kinds)}" * bool(kinds)
+            f" with `{name}`: {', '.join(kinds)}" * bool(kinds)
         )
     if kind == "literal_error" and isinstance(item["input"], str):
         options = [part.strip(" '") for part in context["expected"].replace(" or ", ",").split(",")]
@@ -168,10 +177,9 @@ def _members(hints: Sequence[Any]) -> Iterator[Any]:
 def _descend(hints: Sequence[Any], part: str | int) -> Iterator[Any]:
     for hint in _members(hints):
         if isinstance(hint, type) and issubclass(hint, BaseModel):
-            kind = hint.model_fields.get("kind")
             if part in hint.model_fields:
                 yield hint.model_fields[str(part)].annotation
-            elif kind is not None and kind.default == part:
+            elif _tag(hint) == part:
                 yield hint
         elif typing.get_origin(hint) is tuple and isinstance(part, int):
             yield typing.get_args(hint)[0]
@@ -185,10 +193,28 @@ def _field_names(candidates: Sequence[Any]) -> Iterator[str]:
             yield from hint.model_fields
 
 
-def _kinds(candidates: Sequence[Any]) -> Iterator[str]:
+def _told_apart(context: dict[str, Any]) -> str:
+    """Return the key by which pydantic tells the members of a union apart: kind, or format."""
+    return str(context["discriminator"]).strip("'")
+
+
+def _tag_field(hint: Any) -> str:
+    """Return the key that says which of several models one is, "" where a model stands alone."""
+    if not (isinstance(hint, type) and issubclass(hint, BaseModel)):
+        return ""
+    return next((name for name in TAGS if name in hint.model_fields), "")
+
+
+def _tag(hint: Any) -> str | None:
+    name = _tag_field(hint)
+    return str(hint.model_fields[name].default) if name else None
+
+
+def _tags(candidates: Sequence[Any]) -> Iterator[str]:
     for hint in candidates:
-        if isinstance(hint, type) and issubclass(hint, BaseModel) and "kind" in hint.model_fields:
-            yield str(hint.model_fields["kind"].default)
+        tag = _tag(hint)
+        if tag is not None:
+            yield tag
 
 
 def _described(candidates: Sequence[Any], name: str) -> str:

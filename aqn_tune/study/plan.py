@@ -7,16 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aqn_tune.errors import UserError
-from aqn_tune.noise.policy import EffectiveNoise
 from aqn_tune.search.cluster import worker_count
 from aqn_tune.search.rungs import rung_steps
+from aqn_tune.study.arms import ArmSpec
 from aqn_tune.study.calibration import Costs, find_costs, workload_of
+from aqn_tune.study.cautions import study_cautions
 from aqn_tune.study.cells import NotAvailable, named_arms, resolve_run, stage_cells
+from aqn_tune.study.describe import arm_text, device_text, fault_text, quantizer_text
+from aqn_tune.study.describe import ranges as ranges
 from aqn_tune.study.detectable import detectable_effect
 from aqn_tune.study.effort import StagePlan, Work, confirm_plan, search_plan
 from aqn_tune.study.folder import study_folder, study_hash
 from aqn_tune.study.loading import layer_count, make_setting, resolve_scenarios
-from aqn_tune.study.runs import Setting
+from aqn_tune.study.runs import Run, Setting
 from aqn_tune.study.scenario import Scenario
 from aqn_tune.study.schema import Study
 
@@ -24,13 +27,20 @@ OVERHEAD_SECONDS = 20.0
 """Time to start Ray and its workers and to write the report, added to an estimate."""
 
 
+MOST_STAGES = 12
+"""Stretches of one sigma that a schedule is spelled out in; one with more is summed up."""
+
+
 @dataclass(frozen=True)
 class SigmaStage:
-    """A stretch of steps with one noise level."""
+    """A stretch of steps with one noise level, or with one that falls from step to step."""
 
     first_step: int
     last_step: int
     sigma: float
+    """Sigma at the first step."""
+    last_sigma: float
+    """Sigma at the last step."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,9 @@ class ArmPlan:
     layers: str
     """Noised layers, as `10` or `0-9,11-27`; empty without noise."""
     dose: float
-    """Sum of squared multipliers: in units of one layer at the schedule's sigma."""
+    """In units of one layer at the schedule's sigma; the sum of squared multipliers."""
+    otherwise: str
+    """What it changes beside the noise; empty for nothing."""
     reason: str
     """Why the arm cannot exist here; empty when it can."""
 
@@ -56,6 +68,9 @@ class ScenarioPlan:
     values: dict[str, str | int | float]
     during: str
     faults: tuple[str, ...]
+    quantization: tuple[str, ...]
+    device: str
+    """What of the device itself and of its evaluation is not the default."""
     arms: tuple[ArmPlan, ...]
 
 
@@ -116,6 +131,8 @@ class Plan:
     confirm: StagePlan
     detectable: Detectable
     estimate: Estimate
+    cautions: tuple[str, ...]
+    """What is allowed and should be known, a sentence each."""
 
 
 def make_plan(study: Study) -> Plan:
@@ -150,6 +167,7 @@ def make_plan(study: Study) -> Plan:
         confirm=confirm,
         detectable=_detectable(study, scenarios, confirm_cells.missing),
         estimate=_estimate(study, setting, search, confirm),
+        cautions=study_cautions(study, scenarios),
     )
 
 
@@ -160,50 +178,52 @@ def _worker_count(study: Study) -> int | None:
 
 
 def _scenario_plan(study: Study, scenario: Scenario, layers: int) -> ScenarioPlan:
+    spec = scenario.spec
     arms = []
     for name, arm in named_arms(study).items():
         try:
             run = resolve_run(study, scenario, arm, seed=0, layer_count=layers)
         except UserError as error:
-            arms.append(ArmPlan(name, "", "", 0.0, str(error)))
+            arms.append(ArmPlan(name, "", "", 0.0, "", str(error)))
             continue
-        arms.append(_arm_plan(name, run.noise))
-    faults = tuple(_fault_text(fault.model_dump(mode="json")) for fault in scenario.spec.faults)
-    return ScenarioPlan(scenario.name, scenario.values, scenario.spec.during, faults, tuple(arms))
+        arms.append(_arm_plan(name, arm, run))
+    return ScenarioPlan(
+        name=scenario.name,
+        values=scenario.values,
+        during=spec.during,
+        faults=tuple(fault_text(fault) for fault in spec.faults),
+        quantization=tuple(quantizer_text(quantizer) for quantizer in spec.quantization),
+        device=device_text(spec),
+        arms=tuple(arms),
+    )
 
 
-def _fault_text(fault: dict[str, object]) -> str:
-    kind, layers = fault.pop("kind"), fault.pop("layers")
-    hidden = ("modules", "site", "exclude", "ste")
-    rest = ", ".join(f"{key} {value}" for key, value in fault.items() if key not in hidden)
-    where = "all layers" if layers == "all" else f"layers {layers}"
-    return f"{kind} at {where}: {rest}"
-
-
-def _arm_plan(name: str, noise: EffectiveNoise | None) -> ArmPlan:
+def _arm_plan(name: str, arm: ArmSpec, run: Run) -> ArmPlan:
+    otherwise, noise = arm_text(arm, run), run.noise
     if noise is None:
-        return ArmPlan(name, "", "", 0.0, "")
-    noised = [layer for layer, m in enumerate(noise.multipliers) if m > 0]
-    return ArmPlan(name, noise.carrier.kind, ranges(noised), noise.energy(), "")
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """Return sorted numbers as text, runs as `first-last`: `0-9,11`."""
-    parts = []
-    for _, group in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
-        run = [number for _, number in group]
-        parts.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
-    return ",".join(parts)
+        return ArmPlan(name, "", "", 0.0, otherwise, "")
+    layers = ranges(noise.noised_layers())
+    return ArmPlan(name, noise.carrier.kind, layers, noise.energy(), otherwise, "")
 
 
 def _stages(table: Sequence[float]) -> tuple[SigmaStage, ...]:
+    """Return a schedule as stretches of one sigma; if there are too many, as stretches that fall."""
     stages: list[SigmaStage] = []
     step = 0
     for sigma, group in itertools.groupby(table):
         length = len(list(group))
-        stages.append(SigmaStage(step, step + length - 1, sigma))
+        stages.append(SigmaStage(step, step + length - 1, sigma, sigma))
         step += length
-    return tuple(stages)
+    if len(stages) <= MOST_STAGES:
+        return tuple(stages)
+    falling: list[SigmaStage] = []
+    for stage in stages:
+        if falling and falling[-1].last_sigma > stage.sigma > 0:
+            last = falling[-1]
+            falling[-1] = SigmaStage(last.first_step, stage.last_step, last.sigma, stage.last_sigma)
+        else:
+            falling.append(stage)
+    return tuple(falling)
 
 
 def _detectable(

@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from aqn_tune.faults import Fault
 from aqn_tune.models.spec import ModelSpec
 from aqn_tune.noise.policy import EffectiveNoise
 from aqn_tune.study.base import Spec
+from aqn_tune.study.device import HEALTHY, Device
 from aqn_tune.study.keys import content_hash
 from aqn_tune.study.seeds import Stage
 from aqn_tune.study.training import TrainingSpec
@@ -17,7 +17,7 @@ from aqn_tune.tasks import Task
 
 Split = Literal["validation", "test"]
 ConditionName = Literal["clean", "faulty"]
-TRAINING_FORMAT = 1
+TRAINING_FORMAT = 2
 """Part of every training key: raised when the same specification would train differently."""
 
 
@@ -25,10 +25,14 @@ class Condition(Spec):
     """What an evaluation runs under. Training noise is off in every one."""
 
     name: ConditionName = Field(
-        description="clean: no fault; faulty: the scenario's deployed faults."
+        description="clean: a healthy device; faulty: the scenario's deployed device."
     )
-    scenario: str = Field("", description="Scenario whose faults act; empty for clean.")
-    faults: tuple[Fault, ...] = Field((), description="The faults that act during the evaluation.")
+    scenario: str = Field("", description="Scenario whose device it is; empty for clean.")
+    device: Device = Field(HEALTHY, description="The device that the evaluation runs on.")
+    unseen: bool = Field(
+        False, description="Evaluate on other devices with the same faults in other places."
+    )
+    draws: int = Field(1, ge=1, description="Draws of the random faults, or unseen devices.")
 
 
 class Setting(Spec):
@@ -49,13 +53,26 @@ class Run(Spec):
     """One training (config x seed) and the conditions it is evaluated under."""
 
     training: TrainingSpec = Field(description="Method, size and optimiser.")
-    faults: tuple[Fault, ...] = Field((), description="The faults that training sees.")
+    device: Device = Field(HEALTHY, description="The device that training runs on.")
     noise: EffectiveNoise | None = Field(None, description="The noise that training gets.")
+    skip: tuple[int, ...] = Field(
+        (), description="Decoder layers that are left out, in training and in every evaluation."
+    )
+    train_layers: tuple[int, ...] | None = Field(
+        None, description="Decoder layers that are trained; null trains all that the method does."
+    )
+    train_rest: bool = Field(
+        True, description="Whether parameters outside the decoder layers are trained (method full)."
+    )
     seed: int = Field(
         description="Replicate seed: initialisation, data order, fault and noise draws."
     )
     conditions: tuple[Condition, ...] = Field(
         description="Conditions to evaluate at every rung; the first is clean."
+    )
+    observed_steps: tuple[int, ...] = Field(
+        (),
+        description="Steps, from 0, at which gradients and activations are recorded; changes no number.",
     )
 
     def training_key(self, setting: Setting) -> str:
@@ -71,8 +88,11 @@ class Run(Spec):
                 "dtype": setting.model.dtype,
                 "task": setting.task_fingerprint or setting.task,
                 "training": self.training,
-                "faults": self.faults,
+                "device": self.device,
                 "noise": self.noise,
+                "skip": self.skip,
+                "train_layers": self.train_layers,
+                "train_rest": self.train_rest,
                 "seed": self.seed,
             }
         )

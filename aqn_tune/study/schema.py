@@ -102,6 +102,35 @@ class ComputeSpec(Spec):
     max_failures: int = Field(2, ge=0, description="Times a trial is retried when its worker dies.")
 
 
+class MechanismSpec(Spec):
+    """What to look at on the way: where the gradient dies and what the faults do to activations.
+
+    At each of its steps every training records gradient and activation statistics of every layer (one
+    further forward and backward pass). It changes no number of the study.
+    """
+
+    steps: tuple[int, ...] = Field(
+        min_length=1,
+        description="Optimiser steps to look at, from 0; negative steps count from the end.",
+    )
+
+    def resolved(self, steps: int) -> tuple[int, ...]:
+        """Return the steps from 0, sorted, in a training of `steps` steps.
+
+        Raises ValueError when one does not exist or is named twice.
+        """
+        found = [step + steps if step < 0 else step for step in self.steps]
+        for given, step in zip(self.steps, found, strict=True):
+            if not 0 <= step < steps:
+                raise ValueError(
+                    f"mechanism.steps: there is no step {given} in a training of {steps} steps; "
+                    f"allowed are 0 to {steps - 1}, or -1 to -{steps} from the end"
+                )
+        if len(set(found)) != len(found):
+            raise ValueError(f"mechanism.steps: got {list(self.steps)}, which names a step twice")
+        return tuple(sorted(found))
+
+
 class DecisionRow(Spec):
     """One row of the decision matrix."""
 
@@ -148,6 +177,12 @@ class Study(Spec):
     )
     confirm: ConfirmSpec = Field(ConfirmSpec(), description="The confirmation.")
     decisions: DecisionSpec | None = Field(None, description="What the verdicts mean.")
+    # Left out of dumps where it is null, so that studies from before it keep their folder.
+    mechanism: MechanismSpec | None = Field(
+        None,
+        exclude_if=lambda mechanism: mechanism is None,
+        description="Steps at which gradients and activations are looked at; null: never.",
+    )
     compute: ComputeSpec = Field(ComputeSpec(), description="Where it runs; enters no identity.")
     output: str = Field("runs", description="Folder that receives the study's folder.")
 
@@ -158,7 +193,9 @@ class Study(Spec):
                 raise ValueError(f"arms.{name}: the name is taken by a control or a finalist")
         known = self.arm_names()
         pairs = self.confirm.contrasts
-        for arm, reference in pairs if "contrasts" in self.confirm.model_fields_set else ():
+        # The default names finalists, which a study without a search has none of.
+        declared = pairs != type(self.confirm).model_fields["contrasts"].default
+        for arm, reference in pairs if declared else ():
             for name in (arm, reference):
                 if name not in known:
                     raise ValueError(
@@ -168,6 +205,15 @@ class Study(Spec):
             if arm == reference or pairs.count((arm, reference)) > 1:
                 raise ValueError(f"confirm.contrasts: {arm} vs {reference} compares nothing new")
         return self
+
+    @model_validator(mode="after")
+    def _observed_steps_exist(self) -> Study:
+        self.observed_steps()
+        return self
+
+    def observed_steps(self) -> tuple[int, ...]:
+        """Return the steps at which every training is looked at, from 0 and sorted."""
+        return self.mechanism.resolved(self.training.steps) if self.mechanism else ()
 
     def finalist_count(self) -> int:
         """Return how many finalists each scenario brings to the confirmation."""

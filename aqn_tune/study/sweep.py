@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from aqn_tune.errors import UserError, nearest
-from aqn_tune.study.messages import as_user_error
+from aqn_tune.study.messages import TAGS, as_user_error
 from aqn_tune.study.scenario import Scenario, ScenarioSpec
 from aqn_tune.study.schema import Study
 from aqn_tune.study.source import Place, Source
@@ -20,8 +20,9 @@ def resolve_scenarios(study: Study) -> tuple[Scenario, ...]:
     """Return the scenarios of a study: every combination of its sweep, the last key fastest.
 
     Without a sweep there is one. Names read `<during>-<key><value>`, for example
-    `both-threshold0.2`. Raises UserError for a key that the scenario does not have, a value that it
-    does not allow, and two combinations that are the same scenario.
+    `both-threshold0.2` or `both-deploy_merged`; a kind of fault and a number format stand for
+    themselves, `both-mxfp4`. Raises UserError for a key that the scenario does not have, a value that
+    it does not allow, and two combinations that are the same scenario.
     """
     base = study.scenario.model_dump(mode="json")
     for key, offered in study.sweep.items():
@@ -29,12 +30,14 @@ def resolve_scenarios(study: Study) -> tuple[Scenario, ...]:
             raise UserError(f"sweep.{key}: got an empty list; give at least one value")
         _check_key(base, key)
     short = _short_keys(tuple(study.sweep))
+    labels = {key: _labels(offered) for key, offered in study.sweep.items()}
     scenarios: list[Scenario] = []
-    for combination in itertools.product(*study.sweep.values()):
-        chosen = dict(zip(study.sweep, combination, strict=True))
-        spec = _scenario(base, chosen)
-        values = {short[key]: _label(value) for key, value in chosen.items()}
-        parts = [f"{key}{value}" for key, value in values.items() if key != "during"]
+    for places in itertools.product(*(range(len(offered)) for offered in study.sweep.values())):
+        at = dict(zip(study.sweep, places, strict=True))
+        chosen = {key: study.sweep[key][place] for key, place in at.items()}
+        spec = _scenario(study.scenario, base, chosen)
+        values = {short[key]: labels[key][place] for key, place in at.items()}
+        parts = [_part(short[k], v, values[short[k]]) for k, v in chosen.items() if k != "during"]
         name = "-".join([spec.during, *parts])
         scenarios.append(Scenario(name=name, spec=spec, values=values))
     for name, count in Counter(scenario.name for scenario in scenarios).items():
@@ -45,9 +48,13 @@ def resolve_scenarios(study: Study) -> tuple[Scenario, ...]:
     return tuple(scenarios)
 
 
-def _scenario(base: dict[str, Any], chosen: Mapping[str, Any]) -> ScenarioSpec:
+def _scenario(spec: ScenarioSpec, base: dict[str, Any], chosen: Mapping[str, Any]) -> ScenarioSpec:
     data: Any = base
     for key, value in chosen.items():
+        room, _, tag = key.rpartition(".")
+        if tag == {"faults": "kind", "quantization": "format"}.get(room.partition(".")[0]):
+            # Another kind has other parameters: what the user wrote has to fit it, defaults do not.
+            data = _with(data, room.split("."), _written(spec, room))
         data = _with(data, key.split("."), value)
     try:
         return ScenarioSpec.model_validate(data)
@@ -57,6 +64,13 @@ def _scenario(base: dict[str, Any], chosen: Mapping[str, Any]) -> ScenarioSpec:
         message = problems[0].removeprefix("sweep: ")
         key = next((k for k in chosen if message.startswith(k)), next(iter(chosen), ""))
         raise UserError(f"sweep.{key}: {message.removeprefix(f'{key}: ')}") from None
+
+
+def _written(spec: ScenarioSpec, room: str) -> dict[str, Any]:
+    """Return what the user wrote of one fault or quantizer, `faults.0`."""
+    name, _, index = room.partition(".")
+    part: BaseModel = getattr(spec, name)[int(index)]
+    return part.model_dump(mode="json", exclude_unset=True)
 
 
 def _with(data: Any, parts: list[str], value: Any) -> Any:
@@ -93,14 +107,51 @@ def _keys(data: Any, prefix: str = "") -> list[str]:
 
 
 def _short_keys(keys: tuple[str, ...]) -> dict[str, str]:
-    """Return the last part of each key, or all of it where the last parts are not all different."""
-    last = Counter(key.rpartition(".")[2] for key in keys)
-    return {key: part if last[part := key.rpartition(".")[2]] == 1 else key for key in keys}
+    """Return the last part of each key, or all of it where that says too little or is not unique."""
+    last = {key: key.rpartition(".")[2] for key in keys}
+    count = Counter(last.values())
+    return {
+        key: part if count[part] == 1 and not part.isdigit() else key for key, part in last.items()
+    }
 
 
-def _label(value: Any) -> str | int | float:
+def _part(key: str, value: Any, label: str | int | float) -> str:
+    """Return a value's part of a scenario's name: threshold0.2, deploy_merged, mxfp4."""
+    if key in TAGS:
+        return str(label)
+    items = value if isinstance(value, list | tuple) and value else [value]
+    return f"{key}_{label}" if any(_is_word(item) for item in items) else f"{key}{label}"
+
+
+def _is_word(item: Any) -> bool:
+    """Return whether `item` is neither a number nor layers, which follow their key at once."""
+    if isinstance(item, str):
+        return item != "all" and not item[:1].isdigit()
+    return isinstance(item, bool) or not isinstance(item, int | float)
+
+
+def _labels(offered: Sequence[Any]) -> list[str | int | float]:
+    """Return what each of the values of a key is called; of mappings, that in which they differ."""
+    mappings = [value for value in offered if isinstance(value, dict)]
+    shared = {
+        key: value
+        for key, value in (mappings[0] if mappings else {}).items()
+        if all(key in other and other[key] == value for other in mappings)
+    }
+    return [_label(value, shared) for value in offered]
+
+
+def _label(value: Any, shared: Mapping[str, Any]) -> str | int | float:
+    if isinstance(value, dict):
+        tags = [str(value[tag]) for tag in TAGS if tag in value][:1]
+        rest = [
+            _part(key, own, _label(own, {}))
+            for key, own in value.items()
+            if key not in shared and own not in tags
+        ]
+        return "+".join([*tags, *rest])
     if isinstance(value, list | tuple):
-        return "+".join(str(item) for item in value).replace("/", "_")
+        return "+".join(str(_label(item, shared)) for item in value) or "none"
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     return value if isinstance(value, int | float) else str(value).replace("/", "_")

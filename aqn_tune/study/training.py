@@ -39,6 +39,14 @@ class TrainingSpec(Spec):
     method: Method = Field(Lora(), description="lora or full fine-tuning.")
     steps: int = Field(100, ge=1, description="Optimiser steps.")
     batch_size: int = Field(16, ge=1, description="Rows per optimiser step and replicate.")
+    gradient_accumulation_steps: int = Field(
+        1,
+        ge=1,
+        description="Microbatches that a step's rows are split into; their gradients add up.",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, more time."
+    )
     max_length: int = Field(
         64,
         ge=8,
@@ -63,4 +71,13 @@ class TrainingSpec(Spec):
     def _warmup_fits(self) -> TrainingSpec:
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _splits_evenly(self) -> TrainingSpec:
+        if self.batch_size % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"gradient_accumulation_steps {self.gradient_accumulation_steps} does not divide "
+                f"batch_size {self.batch_size}; microbatches hold equally many rows"
+            )
         return self

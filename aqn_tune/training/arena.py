@@ -36,6 +36,7 @@ class Arena:
         self.gradients = torch.zeros(replicas, size, dtype=dtype)
         self.optimizers: list[torch.optim.AdamW] = []
         self._parameters: dict[str, nn.Parameter] = {}
+        self._trained: dict[int, Tensor] = {}
 
     def names(self) -> tuple[str, ...]:
         """Return the names of all trainable tensors."""
@@ -54,6 +55,30 @@ class Arena:
         """Collect the gradient of `parameter`, [K, *shape] or for K = 1 [*shape], under `name`."""
         self._parameters[name] = parameter
         return parameter
+
+    def holds_its_parameters(self) -> bool:
+        """Return whether the model still computes with the arena's memory, not with a copy of it."""
+        return all(
+            parameter.data_ptr() == self.view(self.weights, name).data_ptr()
+            for name, parameter in self._parameters.items()
+        )
+
+    def freeze(self, replica: int, names: Sequence[str]) -> None:
+        """Keep the tensors `names` of one replica as they are: no update and no weight decay."""
+        trained = torch.ones(1, self.size, dtype=torch.bool).expand(self.replicas, -1).clone()
+        for name in names:
+            self.view(trained, name)[replica] = False
+        self._trained[replica] = trained[replica]
+
+    def trained_size(self, replica: int) -> int:
+        """Return the number of parameters that one replica trains."""
+        trained = self._trained.get(replica)
+        return self.size if trained is None else int(trained.sum())
+
+    def is_trained(self, replica: int, name: str) -> bool:
+        """Return whether one replica trains the tensor `name`."""
+        trained = self._trained.get(replica)
+        return trained is None or bool(trained[self._slices[name].start])
 
     def collect_gradients(self) -> None:
         """Move the gradients of the last backward pass into the arena."""
@@ -86,12 +111,18 @@ class Arena:
     def clip_and_step(self, replica: int, learning_rate: float, max_norm: float) -> float:
         """Clip one replica's gradient to `max_norm`, take one AdamW step, return the norm before."""
         row = self.gradients[replica]
+        trained = self._trained.get(replica)
+        if trained is not None:
+            row.masked_fill_(~trained, 0.0)
+            before = self.weights[replica].clone()
         norm = float(torch.linalg.vector_norm(row))
         if norm > max_norm:
             row.mul_(max_norm / (norm + 1e-6))
         optimizer = self.optimizers[replica]
         optimizer.param_groups[0]["lr"] = learning_rate
         optimizer.step()
+        if trained is not None:  # decoupled weight decay moves a weight without any gradient
+            self.weights[replica].copy_(torch.where(trained, self.weights[replica], before))
         return norm
 
     def state(self, replica: int) -> dict[str, Tensor]:

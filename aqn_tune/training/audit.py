@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import groupby
 from typing import NamedTuple
 
+from aqn_tune.faults.base import GRADIENT_SITES
 from aqn_tune.injection.address import AddressBook
 from aqn_tune.injection.injection import Injection
 from aqn_tune.injection.measure import within_sampling_error
 from aqn_tune.ledger.rows import Audit, NoiseMeasure
+from aqn_tune.noise.effective import EffectiveNoise
 from aqn_tune.study.runs import Run
 from aqn_tune.training.arena import Arena
 
@@ -22,17 +26,42 @@ class Audited(NamedTuple):
     """One sentence each; a run with any is failed."""
 
 
-def is_audited(run: Run, step: int) -> bool:
-    """Return whether a step's noise is measured: the first and the last of every sigma.
+MOST_SHORT = 20
+"""Steps audited of those whose noise is that of no neighbour: all of a linear schedule would be too dear."""
 
-    A wrong stage, layer or scale shows at the first, a schedule that stops being read at the last.
+
+def is_audited(run: Run, step: int) -> bool:
+    """Return whether a step's noise is measured.
+
+    A wrong stage, layer or scale shows at the first step of a sigma, a schedule that stops being read
+    at the last: both are measured of every stretch with the same noise, and so are the first and the
+    last noised step of each phase of the multipliers. Of stretches of a single step, as in a linear
+    schedule, `MOST_SHORT` are, evenly spaced, the first and the last among them.
     """
-    if run.noise is None or run.noise.sigma[step] == 0:
-        return False
-    sigma = run.noise.sigma
-    begins = step == 0 or sigma[step] != sigma[step - 1]
-    ends = step + 1 == len(sigma) or sigma[step] != sigma[step + 1]
-    return begins or ends
+    return run.noise is not None and step in _audited_steps(run.noise)
+
+
+@lru_cache(maxsize=64)
+def _audited_steps(noise: EffectiveNoise) -> frozenset[int]:
+    steps = range(len(noise.sigma))
+    stretches = (
+        list(group)
+        for (sigma, _), group in groupby(steps, lambda t: (noise.sigma[t], noise.multipliers_at(t)))
+        if sigma > 0
+    )
+    chosen: set[int] = set()
+    short: list[int] = []
+    for stretch in stretches:
+        if len(stretch) > 1:
+            chosen |= {stretch[0], stretch[-1]}
+        else:
+            short += stretch
+    for _, phase in groupby((t for t in steps if noise.sigma[t] > 0), noise.multipliers_at):
+        noised = list(phase)
+        chosen |= {noised[0], noised[-1]}
+    gaps = min(len(short), MOST_SHORT) - 1
+    chosen |= {short[round(i * (len(short) - 1) / max(gaps, 1))] for i in range(gaps + 1)}
+    return frozenset(chosen)
 
 
 def audit_run(
@@ -53,20 +82,22 @@ def audit_run(
     attached = [
         address.name
         for slot, addresses in injection.fault_sites
-        if slot.active[replica]
+        if replica in slot.active
         for address in addresses
     ]
-    fault_sites = [address.name for fault in run.faults for address in book.find(fault)]
+    fault_sites = [address.name for fault in run.device.faults for address in book.find(fault)]
     noise_sites = _noise_sites(run, book)
-    noisy_steps = sum(sigma > 0 for sigma in run.noise.sigma[:steps]) if run.noise else 0
-    fault_calls = sum(int(tally.calls[replica]) for tally in injection.tallies)
+    passes = steps * run.training.gradient_accumulation_steps
+    fault_calls, due = _fault_calls(run, injection, book, replica, passes)
     noise_calls = injection.audit.calls[replica]
+    quantizer_calls = sum(int(tally.calls[replica]) for tally in injection.quantizer_tallies)
     measures = injection.audit.measures(replica)
     mismatches: list[str] = []
     for what, got, wanted in (
         ("fault", sorted(attached), sorted(fault_sites)),
-        ("fault", fault_calls, steps * len(fault_sites)),
-        ("noise", noise_calls, noisy_steps * len(noise_sites)),
+        ("fault", fault_calls, due),
+        ("quantizer", quantizer_calls, passes * _quantized_operands(run, book)),
+        ("noise", noise_calls, _noise_calls_due(run, book, steps)),
     ):
         if got != wanted:
             mismatches.append(f"{what} audit: declared {wanted}, happened {got}")
@@ -79,20 +110,73 @@ def audit_run(
         noise=measures,
         noise_calls=noise_calls,
         fault_calls=fault_calls,
+        quantizer_calls=quantizer_calls,
         trainable_parameters=trainable_parameters,
         weights_unchanged=weights_unchanged,
     )
     return Audited(audit, tuple(mismatches))
 
 
-def layers_without_gradient(book: AddressBook, arena: Arena, replica: int) -> Iterator[int]:
-    """Yield each decoder layer none of whose trainable tensors gets a gradient: it would learn nothing.
+def _fault_calls(
+    run: Run, injection: Injection, book: AddressBook, replica: int, passes: int
+) -> tuple[int, int]:
+    """Return how often the faults of a run acted, and how often they should have.
 
-    Ask after step 1: in step 0 only one factor of each adapter has a gradient, the other is zero.
+    A gradient that reaches a site must meet its fault, and at least one must reach it in every pass:
+    nothing flows back into the first layer's input when the embeddings are frozen.
+    """
+    got = sum(int(tally.calls[replica]) for tally in injection.tallies)
+    due = 0
+    for (slot, addresses), tally in zip(injection.fault_sites, injection.tallies, strict=True):
+        if replica not in slot.active:
+            continue
+        if slot.spec.site in GRADIENT_SITES:
+            due += max(int(tally.due[replica]), passes)
+        else:
+            due += passes * len(addresses)
+    return got, due
+
+
+def _quantized_operands(run: Run, book: AddressBook) -> int:
+    return sum(
+        len(book.find(quantizer, "quantization")) * (2 if quantizer.operands == "both" else 1)
+        for quantizer in run.device.quantization
+    )
+
+
+def _noise_calls_due(run: Run, book: AddressBook, steps: int) -> int:
+    if run.noise is None:
+        return 0
+    sites = [
+        len(book.carrier_sites(run.noise.carrier, layer)) for layer in run.noise.noised_layers()
+    ]
+    of_layer = dict(zip(run.noise.noised_layers(), sites, strict=True))
+    calls = sum(
+        of_layer[layer]
+        for step, sigma in enumerate(run.noise.sigma[:steps])
+        for layer, multiplier in enumerate(run.noise.multipliers_at(step))
+        if sigma * multiplier > 0
+    )
+    return calls * run.training.gradient_accumulation_steps
+
+
+def layers_without_gradient(
+    book: AddressBook, arena: Arena, replica: int, run: Run
+) -> Iterator[int]:
+    """Yield each decoder layer none of whose trained tensors gets a gradient: it would learn nothing.
+
+    Layers that the run leaves out or does not train are not asked. Ask after step 1: in step 0 only
+    one factor of each adapter has a gradient, the other is zero.
     """
     for layer in range(book.layer_count):
+        if layer in run.skip:
+            continue
         prefix = f"{book.layer_output(layer).name}."
-        names = [name for name in arena.names() if name.startswith(prefix)]
+        names = [
+            name
+            for name in arena.names()
+            if name.startswith(prefix) and arena.is_trained(replica, name)
+        ]
         if names and not any(arena.view(arena.gradients, name)[replica].any() for name in names):
             yield layer
 
@@ -102,21 +186,28 @@ def _noise_sites(run: Run, book: AddressBook) -> list[str]:
         return []
     return [
         address.name
-        for layer, multiplier in enumerate(run.noise.multipliers)
-        if multiplier > 0
+        for layer in run.noise.noised_layers()
         for address in book.carrier_sites(run.noise.carrier, layer)
     ]
 
 
+def _scheduled(run: Run, layer: int, steps: Sequence[int]) -> float:
+    """Return the root mean square of a layer's declared noise over those of `steps` that have any."""
+    if run.noise is None:
+        return 0.0
+    levels = [run.noise.sigma[step] * run.noise.multipliers_at(step)[layer] for step in steps]
+    noised = [level for level in levels if level > 0]
+    return math.sqrt(math.fsum(level * level for level in noised) / max(len(noised), 1))
+
+
 def _noise_mismatches(run: Run, steps: int, measures: Sequence[NoiseMeasure]) -> Iterator[str]:
     """Yield each layer whose measured noise is not what the run declares."""
-    sigma = run.noise.sigma[:steps] if run.noise else ()
-    looked_at = [value for step, value in enumerate(sigma) if is_audited(run, step)]
-    rms = math.sqrt(math.fsum(value * value for value in looked_at) / max(len(looked_at), 1))
     realised = {measure.layer: measure for measure in measures}
-    for layer, multiplier in enumerate(run.noise.multipliers if run.noise and looked_at else ()):
+    looked_at = [step for step in range(steps) if is_audited(run, step)]
+    layers = len(run.noise.multipliers) if run.noise and looked_at else 0
+    for layer in range(layers):
         measure = realised.pop(layer, None)
-        wanted = rms * multiplier
+        wanted = _scheduled(run, layer, looked_at)
         if measure is None and wanted > 0:
             yield f"layer {layer} was scheduled {wanted:.6g} and got none"
         elif measure is not None and not within_sampling_error(

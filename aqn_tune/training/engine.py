@@ -70,6 +70,7 @@ class TorchPack:
             keys = self._keys[offset : offset + len(member.runs)]
             offset += len(member.runs)
             member.train_to(step)
+            member.fail_where_short(step)
             audits = {
                 replica: member.audit(replica)
                 for replica in range(len(member.runs))
@@ -94,9 +95,13 @@ class TorchPack:
     def _evaluate(self, member: ReplicaPack) -> list[Evaluated]:
         """Return the evaluations that count; a run of which one does not is marked failed."""
         split = self._pack.split
+        before = member.weights_hash()
         results = list(
             evaluate(member, self._split(split), self._setting.eval_batch_size, stream=split)
         )
+        if member.weights_hash() != before:
+            error = "weight audit: weights changed during evaluation"
+            results = [result._replace(error=result.error or error) for result in results]
         for result in results:
             if result.error:
                 member.failures.setdefault(result.replica, result.error)
@@ -115,7 +120,11 @@ class TorchPack:
             rows=len(self._split(self._pack.split).tokens),
             loss=result.loss if math.isfinite(result.loss) else None,
             exact_match=result.exact_match,
+            draws=len(result.losses),
+            loss_sd=_finite(result.loss_sd),
+            exact_match_sd=result.exact_match_sd,
             faults=result.faults,
+            quantizers=result.quantizers,
         )
 
     def _training_row(self, member: ReplicaPack, replica: int, key: str, step: int) -> TrainingRow:
@@ -135,6 +144,9 @@ class TorchPack:
             pack=self._pack.name,
             pack_size=len(self._pack.runs),
             train_losses=tuple(losses[self._reported_step :]),
+            observations=tuple(
+                seen for seen in member.observations[replica] if seen.step >= self._reported_step
+            ),
         )
 
     def _exported(self, member: ReplicaPack, replica: int, row: TrainingRow) -> TrainingRow:
@@ -179,6 +191,10 @@ class TorchPack:
     def close(self) -> None:
         """Drop the models; see `PackTraining.close`."""
         self._members.clear()
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def load_base(setting: Setting) -> BaseArrays:

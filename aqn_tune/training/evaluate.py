@@ -1,21 +1,23 @@
-"""Evaluation: runs x conditions, folded into shared forward passes, each with the fault it names."""
+"""Evaluation: runs x conditions, folded into shared forward passes, each on the device it names."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
-from aqn_tune.faults import FaultSpec
 from aqn_tune.injection.fold import Entry
 from aqn_tune.injection.injection import Injection
-from aqn_tune.ledger.rows import FaultMeasure
+from aqn_tune.ledger.rows import FaultMeasure, QuantizerMeasure
+from aqn_tune.study.device import Device
 from aqn_tune.study.runs import Condition
+from aqn_tune.study.seeds import stream_seed
 from aqn_tune.training.data import TokenSet, answer_logits, token_loss
 from aqn_tune.training.pack import ReplicaPack
-from aqn_tune.training.streams import KeyedNormal
+from aqn_tune.training.pool import pooled_faults, pooled_quantizers
 
 FOLD_TOKENS = 4096
 """Most tokens of one forward pass, as long as one (run, condition) pair fits: bounds the memory, and
@@ -29,13 +31,59 @@ class Evaluated(NamedTuple):
 
     replica: int
     condition: Condition
-    loss: float
-    """Answer cross-entropy, nats per answer token, over all rows; may be non-finite."""
-    exact_match: float
-    """Share of rows whose whole answer is predicted, teacher-forced."""
+    losses: tuple[float, ...]
+    """Answer cross-entropy of each draw, nats per answer token, over all rows; may be non-finite."""
+    exact_matches: tuple[float, ...]
+    """Share of rows of each draw whose whole answer is predicted, teacher-forced."""
     faults: tuple[FaultMeasure, ...]
+    quantizers: tuple[QuantizerMeasure, ...]
     error: str
-    """What of the fault was not as the condition says; the numbers do not count then."""
+    """What of the device was not as the condition says; the numbers do not count then."""
+
+    @property
+    def loss(self) -> float:
+        """Mean loss over the draws."""
+        return math.fsum(self.losses) / len(self.losses)
+
+    @property
+    def exact_match(self) -> float:
+        """Mean exact match over the draws."""
+        return math.fsum(self.exact_matches) / len(self.exact_matches)
+
+    @property
+    def loss_sd(self) -> float | None:
+        """Standard deviation of the loss over the draws, None for one."""
+        return statistics.stdev(self.losses) if len(self.losses) > 1 else None
+
+    @property
+    def exact_match_sd(self) -> float | None:
+        """Standard deviation of exact match over the draws, None for one."""
+        return statistics.stdev(self.exact_matches) if len(self.exact_matches) > 1 else None
+
+
+class _Pass(NamedTuple):
+    """One run on one device: a fold of a forward pass."""
+
+    replica: int
+    condition: Condition
+    draw: int
+
+    def device(self) -> Device:
+        """Return the device itself, or for unseen devices another of the same make."""
+        device = self.condition.device
+        if not self.condition.unseen:
+            return device
+        # A study's device seed is below 2^63, so an unseen device is never the one it trained on.
+        seed = stream_seed(device.seed, "unseen", self.draw) | 1 << 63
+        return device.model_copy(update={"seed": seed})
+
+
+class _Outcome(NamedTuple):
+    loss: float
+    exact_match: float
+    faults: tuple[FaultMeasure, ...]
+    quantizers: tuple[QuantizerMeasure, ...]
+    error: str
 
 
 def evaluate(
@@ -44,42 +92,58 @@ def evaluate(
     """Yield every living run of `pack` under each of its conditions, on all rows of `data`.
 
     Noise is off. Rows are taken in order in batches of `batch_size` (part of a tensor_max fault), and
-    faults draw from `stream`, a word of its own for each split. What the faults did must agree with
-    the condition's name: a clean evaluation in which a fault changed a value, or a faulty one in which
-    a fault changed none, comes with an `error` and is not a number.
+    faults draw from `stream`, a word of its own for each split. What the device did must agree with
+    the condition's name: a clean evaluation in which something changed a value, or a faulty one in
+    which a fault changed none, comes with an `error` and is not a number.
     """
-    pairs = [
-        (replica, condition)
+    passes = [
+        _Pass(replica, condition, draw)
         for replica, run in enumerate(pack.runs)
         if replica not in pack.failures
         for condition in run.conditions
+        for draw in range(condition.draws)
     ]
     size = max(FOLD_TOKENS // (batch_size * data.tokens.shape[1]), 1)
-    for start in range(0, len(pairs), size):
-        yield from _evaluate_fold(pack, pairs[start : start + size], data, batch_size, stream)
+    outcomes: dict[_Pass, _Outcome] = {}
+    for merged in (False, True):
+        alike = [p for p in passes if (p.condition.device.deploy == "merged") == merged]
+        for start in range(0, len(alike), size):
+            fold = alike[start : start + size]
+            outcomes.update(zip(fold, _run_fold(pack, fold, data, batch_size, stream), strict=True))
+    for first in passes:
+        if first.draw:
+            continue
+        own = [outcomes[first._replace(draw=draw)] for draw in range(first.condition.draws)]
+        yield Evaluated(
+            first.replica,
+            first.condition,
+            tuple(outcome.loss for outcome in own),
+            tuple(outcome.exact_match for outcome in own),
+            pooled_faults([outcome.faults for outcome in own]),
+            pooled_quantizers([outcome.quantizers for outcome in own]),
+            next((outcome.error for outcome in own if outcome.error), ""),
+        )
 
 
-def _evaluate_fold(
-    pack: ReplicaPack,
-    pairs: Sequence[tuple[int, Condition]],
-    data: TokenSet,
-    batch_size: int,
-    stream: str,
-) -> Iterator[Evaluated]:
-    folds = len(pairs)
-    normal = KeyedNormal()
+def _run_fold(
+    pack: ReplicaPack, fold: Sequence[_Pass], data: TokenSet, batch_size: int, stream: str
+) -> Iterator[_Outcome]:
+    folds = len(fold)
     batch_number = 0
+
+    def seed_of(index: int, path: tuple[str | int, ...]) -> int:
+        return stream_seed(EVAL_SEED, "eval", stream, fold[index].draw, batch_number, *path)
+
     injection = Injection(
         pack.book,
-        [Entry(condition.faults) for _, condition in pairs],
-        draw=lambda _, path, out: normal.fill(out, EVAL_SEED, "eval", stream, batch_number, *path),
+        [Entry(p.device(), skip=pack.runs[p.replica].skip) for p in fold],
+        seed_of=seed_of,
         measure=True,
-        shared_draws=True,
     )
     totals = [0.0] * folds
     tokens = [0] * folds
     exact = [0] * folds
-    replica_of_fold = torch.tensor([replica for replica, _ in pairs])
+    replica_of_fold = torch.tensor([p.replica for p in fold])
     try:
         for linear in pack.linears:
             linear.replica_of_fold = replica_of_fold
@@ -89,54 +153,76 @@ def _evaluate_fold(
                 batch = data.batch(rows.repeat(folds))
                 injection.begin(batch.valid.view(folds, -1))
                 result = token_loss(answer_logits(pack.model, batch), batch)
-                for fold in range(folds):
-                    part = slice(fold * len(rows), (fold + 1) * len(rows))
-                    totals[fold] += float(result.total[part].double().sum())
-                    tokens[fold] += int(result.tokens[part].sum())
-                    exact[fold] += int(result.exact[part].sum())
+                for index in range(folds):
+                    part = slice(index * len(rows), (index + 1) * len(rows))
+                    totals[index] += float(result.total[part].double().sum())
+                    tokens[index] += int(result.tokens[part].sum())
+                    exact[index] += int(result.exact[part].sum())
                 batch_number += 1
     finally:
         for linear in pack.linears:
             linear.replica_of_fold = None
-    for fold, (replica, condition) in enumerate(pairs):
-        loss = totals[fold] / tokens[fold]
-        measures = tuple(
-            tally.measure(fold)
-            for (slot, _), tally in zip(injection.fault_sites, injection.tallies, strict=True)
-            if slot.active[fold]
-        )
-        yield Evaluated(
-            replica,
-            condition,
+    for index, one in enumerate(fold):
+        loss = totals[index] / tokens[index]
+        yield _Outcome(
             loss,
-            exact[fold] / len(data.tokens),
-            measures,
-            error=_disagreement(injection, fold, condition, batch_number, math.isfinite(loss)),
+            exact[index] / len(data.tokens),
+            tuple(
+                tally.measure(index)
+                for (slot, _), tally in zip(injection.fault_sites, injection.tallies, strict=True)
+                if index in slot.active
+            ),
+            tuple(m for tally in injection.quantizer_tallies for m in tally.measures(index)),
+            _disagreement(injection, index, one, batch_number, math.isfinite(loss)),
         )
 
 
-def _disagreement(
-    injection: Injection, fold: int, condition: Condition, batches: int, finite: bool
-) -> str:
-    """Return how what the faults did disagrees with the condition, "" when it does not."""
+def _disagreement(injection: Injection, index: int, one: _Pass, batches: int, finite: bool) -> str:
+    """Return how what the device did disagrees with the condition, "" when it does not."""
+    condition = one.condition
     name = f"evaluation audit: condition {condition.name!r} {condition.scenario}".rstrip()
-    declared = sum(not _is_off(fault) for fault in condition.faults)
-    acted = 0
     for (slot, addresses), tally in zip(injection.fault_sites, injection.tallies, strict=True):
-        changed = float(tally.affected[fold]) > 0 or float(tally.error_energy[fold]) > 0
-        wanted = batches * len(addresses) if slot.active[fold] else 0
-        if int(tally.calls[fold]) != wanted:
-            return (
-                f"{name}: {slot.spec.kind} was in place {int(tally.calls[fold])} times of {wanted}"
-            )
-        if changed and not slot.active[fold]:
-            return f"{name}: {slot.spec.kind} acted, though it is not declared"
-        acted += changed
-    if finite and acted != declared:
-        return f"{name} declares {declared} faults, {acted} changed a value in {batches} batches"
+        kind, active = slot.spec.kind, index in slot.active
+        changed = float(tally.affected[index]) > 0 or float(tally.error_energy[index]) > 0
+        wanted = batches * len(addresses) if active else 0
+        if int(tally.calls[index]) != wanted:
+            return f"{name}: {kind} was in place {int(tally.calls[index])} times of {wanted}"
+        if changed and not active:
+            return f"{name}: {kind} acted, though it is not declared"
+    for quantizer in injection.quantizer_tallies:
+        wanted = batches * quantizer.sites if index in quantizer.slot.active else 0
+        got = int(quantizer.calls[index])
+        if got != wanted:
+            return f"{name}: {quantizer.slot.spec.format} quantized {got} operands of {wanted}"
+        if index in quantizer.strayed:
+            return f"{name}: {quantizer.slot.spec.format} acted, though it is not declared"
+    defects = injection.quantizer_defects()
+    if index in defects:
+        return f"{name}: {defects[index]}"
+    if injection.noise_sites:
+        return f"{name}: training noise is on"
+    if injection.merged != (condition.device.deploy == "merged"):
+        deployed = "merged" if injection.merged else "unmerged"
+        return f"{name}: adapters are {deployed}, declared is {condition.device.deploy}"
+    formats = [t.slot.spec.format for t in injection.quantizer_tallies if index in t.slot.active]
+    if len(formats) != len(condition.device.quantization):
+        return (
+            f"{name} declares {len(condition.device.quantization)} quantizers, "
+            f"{len(formats)} are attached"
+        )
+    declared = [f for f in condition.device.faults if not f.is_off() and not f.may_rest()]
+    attached = [slot.spec for slot, _ in injection.fault_sites if index in slot.active]
+    if len(attached) != len(condition.device.faults):
+        return (
+            f"{name} declares {len(condition.device.faults)} faults, {len(attached)} are attached"
+        )
+    acted = sum(
+        float(tally.affected[index]) > 0 or float(tally.error_energy[index]) > 0
+        for (slot, _), tally in zip(injection.fault_sites, injection.tallies, strict=True)
+        if index in slot.active and not slot.spec.may_rest()
+    )
+    if finite and acted < len(declared):
+        return (
+            f"{name} declares {len(declared)} faults, {acted} changed a value in {batches} batches"
+        )
     return ""
-
-
-def _is_off(fault: FaultSpec) -> bool:
-    """Return whether a fault is declared at a level at which it is the identity."""
-    return all(getattr(fault, name) == off for name, off in fault.per_replica.items())

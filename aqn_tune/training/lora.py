@@ -53,6 +53,13 @@ class ReplicaLinear(nn.Module):
         y.baddbmm_(torch.bmm(folded, a), b, alpha=self.scaling)
         return y.view(*x.shape[:-1], -1)
 
+    def merged_weight(self, fold: int) -> Tensor:
+        """Return the weight [out, in] with the adapter of one fold merged in: W + alpha / r * (A B)^T."""
+        replica = fold if self.replica_of_fold is None else int(self.replica_of_fold[fold])
+        weight = self.base_layer.weight
+        update = (self.lora_a[replica] @ self.lora_b[replica]).T
+        return weight + self.scaling * update.to(weight.dtype)
+
 
 class AdapterSite(NamedTuple):
     """A linear layer that gets adapters."""

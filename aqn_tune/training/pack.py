@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from aqn_tune.injection.address import AddressBook
 from aqn_tune.injection.fold import Entry
 from aqn_tune.injection.injection import Injection
-from aqn_tune.ledger.rows import Audit
+from aqn_tune.injection.nonfinite import first_nonfinite
+from aqn_tune.ledger.rows import Audit, Observation
 from aqn_tune.study.runs import Run
+from aqn_tune.study.seeds import stream_seed
 from aqn_tune.study.training import Full, Lora
 from aqn_tune.training.arena import Arena
 from aqn_tune.training.audit import audit_run, is_audited, layers_without_gradient
@@ -28,7 +31,8 @@ from aqn_tune.training.lora import (
     attach_adapters,
     initialise_adapters,
 )
-from aqn_tune.training.streams import BatchOrder, KeyedNormal
+from aqn_tune.training.mechanism import Mechanism
+from aqn_tune.training.streams import BatchOrder
 
 
 class PackState(NamedTuple):
@@ -41,7 +45,11 @@ class PackState(NamedTuple):
     noise_calls: list[int]
     noise_sums: list[dict[int, list[float]]]
     fault_calls: list[list[int]]
+    gradients_due: list[list[int]]
+    quantizer_calls: list[list[int]]
     seconds: float
+    observations: list[list[str]]
+    """What was seen of each replica, as JSON."""
 
 
 class ReplicaPack:
@@ -69,7 +77,6 @@ class ReplicaPack:
         self.linears: list[ReplicaLinear] = []
         spec = runs[0].training
         self._order = BatchOrder(len(data.tokens), spec.batch_size)
-        self._normal = KeyedNormal()
         # Adapters of a bfloat16 model are trained in float32, as peft does: small updates would be lost.
         stored = next(model.parameters()).dtype
         dtype = torch.float32 if stored == torch.bfloat16 else stored
@@ -83,10 +90,40 @@ class ReplicaPack:
         else:
             self.arena = self._full_arena(spec.method, stored)
             self.frozen = {}
+        if spec.gradient_checkpointing:
+            model.activation_checkpointing_enable(  # type: ignore[operator]
+                activation_checkpointing_kwargs={"use_reentrant": False}
+            )
+            for layer in range(self.book.layer_count):
+                # The flag of the layer alone: what is inside it stays in eval mode, without dropout.
+                self.book.layer_output(layer).module.training = True
+        for replica, run in enumerate(runs):
+            frozen = self._frozen_names(run)
+            if frozen:
+                self.arena.freeze(replica, frozen)
         self._frozen_hash = self._hash_frozen()
         self.arena.start_optimizers([run.training for run in runs])
-        entries = [Entry(run.faults, run.noise) for run in runs]
-        self.injection = Injection(self.book, entries, draw=self._draw)
+        entries = [Entry(run.device, run.noise, run.skip) for run in runs]
+        self.injection = Injection(self.book, entries, seed_of=self._seed_of)
+        observed = any(run.observed_steps for run in runs)
+        self.mechanism = Mechanism(self.book, self.arena, self.runs) if observed else None
+        self.observations: list[list[Observation]] = [[] for _ in runs]
+        for replica, defect in self.injection.quantizer_defects().items():
+            self._fail(replica, f"quantizer audit: {defect}")
+
+    def _frozen_names(self, run: Run) -> list[str]:
+        """Return the tensors that the method would train and the run does not."""
+        if run.train_layers is None:
+            return []
+        prefixes = tuple(f"{self.book.layer_output(layer).name}." for layer in run.train_layers)
+        inside = tuple(
+            f"{self.book.layer_output(layer).name}." for layer in range(self.book.layer_count)
+        )
+        return [
+            name
+            for name in self.arena.names()
+            if not name.startswith(prefixes) and (name.startswith(inside) or not run.train_rest)
+        ]
 
     def _full_arena(self, method: Full, dtype: torch.dtype) -> Arena:
         if len(self.runs) != 1:
@@ -115,29 +152,30 @@ class ReplicaPack:
         self.seconds += time.perf_counter() - started
 
     def _train_step(self) -> None:
-        batch = self._next_batch()
-        replicas = len(self.runs)
-        self.injection.begin(
-            batch.valid.view(replicas, -1), step=self.step, audited=self._audited(self.step)
-        )
         before = None if self.frozen else self.arena.weights.clone()
-        losses = self._replica_losses(batch)
-        # A sum, not a mean: each replica's gradient must not depend on how many share the pack.
-        torch.autograd.backward(torch.stack(losses).sum())
+        losses = self._losses_and_gradients()
         self.arena.collect_gradients()
+        self._observe()
         if self.step == 1:
             for replica in range(len(self.runs)):
-                for layer in layers_without_gradient(self.book, self.arena, replica):
+                for layer in layers_without_gradient(
+                    self.book, self.arena, replica, self.runs[replica]
+                ):
                     self._fail(replica, f"gradient audit: layer {layer} gets no gradient")
-        if before is not None and not torch.equal(before, self.arena.weights):
+        if before is not None and not (
+            self.arena.holds_its_parameters() and torch.equal(before, self.arena.weights)
+        ):
             self._fail(0, f"weight audit: weights changed before the update of step {self.step}")
         for replica, run in enumerate(self.runs):
             if replica in self.failures:
                 continue
-            loss = float(losses[replica].detach())
+            loss = losses[replica]
             spec = run.training
             if not math.isfinite(loss):
-                self.failures[replica] = f"training loss is {loss} at step {self.step}"
+                self.failures[replica] = (
+                    f"training loss is {loss} at step {self.step}; the first value that is not "
+                    f"finite comes from {self._first_nonfinite(replica)}"
+                )
                 continue
             self.train_losses[replica].append(loss)
             rate = learning_rate(spec, self.step)
@@ -147,20 +185,94 @@ class ReplicaPack:
         for replica, message in self.injection.audit.failures.items():
             self.failures.setdefault(replica, message)
 
-    def _next_batch(self) -> TokenSet:
-        rows = [self._order.indices(run.seed, self.step) for run in self.runs]
-        return self.data.batch(torch.cat(rows))
+    def _losses_and_gradients(self, injection: Injection | None = None) -> list[float]:
+        """Run a step's microbatches forward and backward; return the mean loss of each replica.
 
-    def _replica_losses(self, batch: TokenSet) -> list[Tensor]:
+        `injection`, attached already, takes the place of the pack's own.
+        """
+        injection = injection or self.injection
+        microbatches = self._microbatches()
+        counted = [_answers(batch, len(self.runs)) for batch in microbatches]
+        answers = [sum(counts) for counts in zip(*counted, strict=True)]
+        losses = [0.0] * len(self.runs)
+        for number, batch in enumerate(microbatches):
+            self._begin(batch, number, audited=self._audited(self.step), injection=injection)
+            with self._watched(injection, batch, number):
+                totals = self._replica_totals(batch)
+            shares = [total / count for total, count in zip(totals, answers, strict=True)]
+            injection.forward_done()
+            # A sum, not a mean: each replica's gradient must not depend on how many share the pack.
+            torch.autograd.backward(torch.stack(shares).sum())
+            losses = [
+                loss + float(share.detach()) for loss, share in zip(losses, shares, strict=True)
+            ]
+        return losses
+
+    def _watched(
+        self, injection: Injection, batch: TokenSet, microbatch: int
+    ) -> AbstractContextManager[object]:
+        """Return the context in which a forward pass shows its activations, if it is to."""
+        if self.mechanism is None or injection is not self.injection or microbatch:
+            return nullcontext()
+        valid = batch.valid.view(len(self.runs), -1)
+        return self.mechanism.watch(injection, valid, self.step, self.failures)
+
+    def _observe(self) -> None:
+        """Record what this step shows of the living runs that declare it.
+
+        The collected gradients are as they were when it returns.
+        """
+        if self.mechanism is None or not self.mechanism.due(self.step, self.failures):
+            return
+        own = self.arena.gradients.clone()
+        with self.injection.lifted(), self.mechanism.healthy as healthy:
+            self._losses_and_gradients(healthy)
+        self.arena.collect_gradients()
+        clean = self.arena.gradients.clone()
+        # In place: the optimisers hold views of the block.
+        self.arena.gradients.copy_(own)
+        for replica, seen in self.mechanism.observations(clean, self.step).items():
+            self.observations[replica].append(seen)
+
+    def _begin(
+        self,
+        batch: TokenSet,
+        microbatch: int,
+        *,
+        audited: frozenset[int],
+        injection: Injection | None = None,
+    ) -> None:
+        (injection or self.injection).begin(
+            batch.valid.view(len(self.runs), -1),
+            step=self.step,
+            microbatch=microbatch,
+            audited=audited,
+        )
+
+    def _microbatches(self) -> list[TokenSet]:
+        rows = torch.stack([self._order.indices(run.seed, self.step) for run in self.runs])
+        count = self.runs[0].training.gradient_accumulation_steps
+        return [self.data.batch(part.flatten()) for part in rows.chunk(count, dim=1)]
+
+    def _replica_totals(self, batch: TokenSet) -> list[Tensor]:
+        """Return the summed loss of each replica; reduced one by one: a sum over a [K, B] block may
+        order its terms by K."""
         result = token_loss(answer_logits(self.model, batch), batch)
-        totals = result.total.chunk(len(self.runs))
-        tokens = result.tokens.chunk(len(self.runs))
-        # Reduced replica by replica: one sum over a [K, B] block may order its terms by K.
-        return [total.sum() / count.sum() for total, count in zip(totals, tokens, strict=True)]
+        return [total.sum() for total in result.total.chunk(len(self.runs))]
 
-    def _draw(self, replica: int, path: tuple[str | int, ...], out: Tensor) -> None:
+    def _first_nonfinite(self, replica: int) -> str:
+        microbatch = self._microbatches()[0]
+
+        def again() -> None:
+            self._begin(microbatch, 0, audited=frozenset())
+            self.injection.forward_done()
+            answer_logits(self.model, microbatch)
+
+        return first_nonfinite(self.model, again, replica, len(self.runs))
+
+    def _seed_of(self, replica: int, path: tuple[str | int, ...]) -> int:
         stream, *place = path
-        self._normal.fill(out, self.runs[replica].seed, stream, self.step, *place)
+        return stream_seed(self.runs[replica].seed, stream, self.step, *place)
 
     def _audited(self, step: int) -> frozenset[int]:
         """Return the living replicas whose noise is measured in this step."""
@@ -181,22 +293,28 @@ class ReplicaPack:
             self.book,
             replica=replica,
             steps=self.step,
-            trainable_parameters=self.arena.size,
+            trainable_parameters=self.arena.trained_size(replica),
             weights_unchanged=self._hash_frozen() == self._frozen_hash,
         )
         for mismatch in audited.mismatches:
             self._fail(replica, mismatch)
         return audited.audit
 
+    def fail_where_short(self, step: int) -> None:
+        """Mark every run failed that should have taken `step` steps and has taken fewer."""
+        for replica, losses in enumerate(self.train_losses):
+            if len(losses) < step:
+                self._fail(replica, f"training ended at step {len(losses)} of {step}")
+
+    def weights_hash(self) -> str:
+        """Return the hash of every weight that the model computes with, trained or not."""
+        return _hash_of(dict(self.model.named_parameters()))
+
     def _fail(self, replica: int, message: str) -> None:
         self.failures.setdefault(replica, message)
 
     def _hash_frozen(self) -> str:
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.frozen.items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return _hash_of(self.frozen)
 
     # -- state -------------------------------------------------------------------------------------
 
@@ -211,7 +329,10 @@ class ReplicaPack:
             noise_calls=audit.calls,
             noise_sums=audit.sums,
             fault_calls=[tally.calls.tolist() for tally in self.injection.tallies],
+            gradients_due=[tally.due.tolist() for tally in self.injection.tallies],
+            quantizer_calls=[tally.calls.tolist() for tally in self.injection.quantizer_tallies],
             seconds=self.seconds,
+            observations=[[one.model_dump_json() for one in seen] for seen in self.observations],
         )
 
     def restore(self, state: PackState) -> None:
@@ -220,9 +341,32 @@ class ReplicaPack:
         self.train_losses = state.train_losses
         self.failures = state.failures
         self.seconds = state.seconds
+        self.observations = [
+            [Observation.model_validate_json(text) for text in seen] for seen in state.observations
+        ]
         for replica, row in enumerate(state.rows):
             self.arena.restore(replica, row)
         self.injection.audit.calls = state.noise_calls
         self.injection.audit.sums = state.noise_sums
-        for tally, calls in zip(self.injection.tallies, state.fault_calls, strict=True):
-            tally.calls = torch.tensor(calls)
+        for tally, calls, due in zip(
+            self.injection.tallies, state.fault_calls, state.gradients_due, strict=True
+        ):
+            tally.calls, tally.due = torch.tensor(calls), torch.tensor(due)
+        for quantizer, calls in zip(
+            self.injection.quantizer_tallies, state.quantizer_calls, strict=True
+        ):
+            quantizer.calls = torch.tensor(calls)
+
+
+def _hash_of(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _answers(batch: TokenSet, replicas: int) -> list[int]:
+    """Return the number of answer tokens of each replica."""
+    mask = batch.answer[:, batch.first + 1 :]
+    return [int(part.sum()) for part in mask.chunk(replicas)]

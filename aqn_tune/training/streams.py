@@ -21,22 +21,6 @@ def keyed_generator(seed: int, *path: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(stream_seed(seed, *path))
 
 
-class KeyedNormal:
-    """Fills tensors with standard normal values, one keyed stream per call."""
-
-    def __init__(self) -> None:
-        self._generator = torch.Generator()
-
-    def fill(self, out: Tensor, seed: int, *path: str | int) -> None:
-        """Fill the contiguous float32 tensor `out` from the stream `path` under `seed`."""
-        if not out.is_contiguous() or out.dtype != torch.float32:
-            raise ValueError(
-                "keyed draws go into contiguous float32 tensors: others draw other values"
-            )
-        self._generator.manual_seed(stream_seed(seed, *path))
-        torch.randn(out.shape, generator=self._generator, out=out)
-
-
 class BatchOrder:
     """Which rows a replicate sees at each step: a keyed permutation per epoch, random access by step."""
 

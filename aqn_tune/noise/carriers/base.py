@@ -12,6 +12,10 @@ from aqn_tune.study.base import Spec
 if TYPE_CHECKING:
     from torch import Tensor
 
+NoiseSite = Literal["layer_output", "norm_weight", "linear_weight"]
+"""Where noise goes: the decoder layer's output, the weights of its RMSNorms, or the weights of its
+linear layers (adapters excepted)."""
+
 
 class Noised(NamedTuple):
     """A noised quantity, and the scale its noise is measured in."""
@@ -27,15 +31,20 @@ class CarrierSpec(Spec):
     """A quantity that can carry AQN. Noise is functional: nothing is ever written into a parameter."""
 
     kind: str = Field(description="Kind of the carrier.")
-    site: ClassVar[Literal["layer_output", "norm_weight"]]
-    """Where the noise goes: the decoder layer's output, or the weights of its RMSNorms."""
+    site: ClassVar[NoiseSite]
+    """Where the noise goes."""
 
     @abstractmethod
     def add(self, x: Tensor, sigma: Tensor, z: Tensor) -> Noised:
         """Return `x` with noise.
 
         Args:
-            x: layer_output: hidden states [K, N, D]; norm_weight: the weight [K, 1, D].
-            sigma: Standard deviation of each replicate, float64 [K, 1, 1]; 0 changes no bit.
-            z: Standard normal draws, [K, N, D] or [K, 1, D], fresh at every optimiser step.
+            x: layer_output: hidden states [K, N, D]; norm_weight: the weight [K, 1, D];
+                linear_weight: the weight [K, D_out, D_in].
+            sigma: Standard deviation of each replicate, float64 or of x's type, [K, 1, 1]; 0 changes no bit.
+            z: Standard normal draws of x's shape, fresh as often as the policy's `redraw` says.
         """
+
+    def cautions(self, peak: float) -> tuple[str, ...]:
+        """Return one sentence for each danger of this carrier at a largest sigma of `peak`."""
+        return ()

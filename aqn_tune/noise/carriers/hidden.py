@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from aqn_tune.noise.carriers.base import CarrierSpec, Noised
+from aqn_tune.noise.carriers.base import CarrierSpec, Noised, NoiseSite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,9 +18,9 @@ class Hidden(CarrierSpec):
     """
 
     kind: Literal["hidden"] = "hidden"
-    site: ClassVar[Literal["layer_output", "norm_weight"]] = "layer_output"
+    site: ClassVar[NoiseSite] = "layer_output"
 
     def add(self, x: Tensor, sigma: Tensor, z: Tensor) -> Noised:
         """Return h + sigma * abs(h) * z; see `CarrierSpec.add` for shapes."""
         scale = x.detach().abs()
-        return Noised(x + z * sigma.to(x.dtype) * scale, scale)
+        return Noised(x + (z * sigma.to(x.dtype)).mul_(scale), scale)

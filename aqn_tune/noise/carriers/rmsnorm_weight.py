@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from aqn_tune.noise.carriers.base import CarrierSpec, Noised
+from aqn_tune.noise.carriers.base import CarrierSpec, Noised, NoiseSite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,11 +23,14 @@ class RmsnormWeight(CarrierSpec):
     relative: bool = Field(
         False, description="Scale the noise by the weight: w + sigma * abs(w) * z."
     )
-    site: ClassVar[Literal["layer_output", "norm_weight"]] = "norm_weight"
+    site: ClassVar[NoiseSite] = "norm_weight"
 
     def add(self, x: Tensor, sigma: Tensor, z: Tensor) -> Noised:
         """Return the noised weight of each replicate, [K, 1, D]; see `CarrierSpec.add`."""
         import torch
 
-        scale = x.detach().abs() if self.relative else torch.ones_like(x)
-        return Noised(x + z * sigma.to(x.dtype) * scale, scale)
+        noise = z * sigma.to(x.dtype)
+        if not self.relative:
+            return Noised(x + noise, torch.ones((), dtype=x.dtype, device=x.device).expand_as(x))
+        scale = x.detach().abs()
+        return Noised(x + noise.mul_(scale), scale)

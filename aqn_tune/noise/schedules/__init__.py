@@ -8,9 +8,16 @@ from pydantic import Field
 
 from aqn_tune.noise.schedules.base import ScheduleSpec as ScheduleSpec
 from aqn_tune.noise.schedules.constant import Constant
+from aqn_tune.noise.schedules.epoch_aware import EpochAware
 from aqn_tune.noise.schedules.geometric import Geometric
+from aqn_tune.noise.schedules.linear import Linear
 
-SCHEDULES: dict[str, type[ScheduleSpec]] = {"geometric": Geometric, "constant": Constant}
+SCHEDULES: dict[str, type[ScheduleSpec]] = {
+    "geometric": Geometric,
+    "linear": Linear,
+    "constant": Constant,
+    "epoch_aware": EpochAware,
+}
 
-Schedule = Annotated[Geometric | Constant, Field(discriminator="kind")]
+Schedule = Annotated[Geometric | Linear | Constant | EpochAware, Field(discriminator="kind")]
 """The schedule of a noise policy."""

@@ -17,10 +17,18 @@ class Constant(ScheduleSpec):
         0.05, ge=0.0, allow_inf_nan=False, description="Standard deviation of the noise."
     )
     warmup_fraction: float = Field(
-        0.0, ge=0.0, lt=1.0, description="Share of the steps before the noise begins."
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        allow_inf_nan=False,
+        description="Share of the steps before the noise begins.",
     )
 
-    def sigma_at(self, step: int, total_steps: int) -> float:
-        """Return sigma at `step`; see `ScheduleSpec.sigma_at`."""
+    def level_at(self, step: int, total_steps: int) -> float:
+        """Return sigma at `step`; see `ScheduleSpec.level_at`."""
         stage = stage_of(step, total_steps, self.warmup_fraction, 1)
         return 0.0 if stage is None else self.sigma
+
+    def peak(self) -> float:
+        """Return sigma; see `ScheduleSpec.peak`."""
+        return self.sigma

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from aqn_tune.noise.schedules.base import ScheduleSpec, stage_of
+from aqn_tune.noise.schedules.base import ScheduleSpec, check_decay, stage_of
 
 
 class Geometric(ScheduleSpec):
@@ -29,22 +29,25 @@ class Geometric(ScheduleSpec):
         None,
         ge=0.0,
         lt=1.0,
+        allow_inf_nan=False,
         description="Share of the steps before the first stage, without noise; default 1 / (stages + 1).",
     )
 
     @model_validator(mode="after")
     def _decays(self) -> Geometric:
-        if self.sigma_start > 0 and self.sigma_end > self.sigma_start:
-            raise ValueError(
-                f"sigma_end {self.sigma_end} is above sigma_start {self.sigma_start}; the schedule decays"
-            )
+        if self.sigma_start > 0:
+            check_decay(self.sigma_start, self.sigma_end)
         return self
 
-    def sigma_at(self, step: int, total_steps: int) -> float:
-        """Return sigma at `step`; see `ScheduleSpec.sigma_at`."""
+    def level_at(self, step: int, total_steps: int) -> float:
+        """Return sigma at `step`; see `ScheduleSpec.level_at`."""
         warmup = 1 / (self.stages + 1) if self.warmup_fraction is None else self.warmup_fraction
         stage = stage_of(step, total_steps, warmup, self.stages)
         if stage is None or self.sigma_start == 0:
             return 0.0
         exponent = stage / (self.stages - 1) if self.stages > 1 else 0.0
         return float(self.sigma_start * (self.sigma_end / self.sigma_start) ** exponent)
+
+    def peak(self) -> float:
+        """Return sigma_start; see `ScheduleSpec.peak`."""
+        return self.sigma_start

@@ -6,10 +6,14 @@ from typing import Annotated
 
 from pydantic import Field
 
+from aqn_tune.noise.targeting.base import Phase as Phase
 from aqn_tune.noise.targeting.base import TargetingSpec as TargetingSpec
+from aqn_tune.noise.targeting.depth import Depth
 from aqn_tune.noise.targeting.multipliers import Multipliers
+from aqn_tune.noise.targeting.scores import Scores
 from aqn_tune.noise.targeting.subset import Healthy, Random, Targeted, Window
 from aqn_tune.noise.targeting.uniform import Global, NoTargeting
+from aqn_tune.noise.targeting.zone import Zone
 
 TARGETINGS: dict[str, type[TargetingSpec]] = {
     "none": NoTargeting,
@@ -17,12 +21,24 @@ TARGETINGS: dict[str, type[TargetingSpec]] = {
     "targeted": Targeted,
     "healthy": Healthy,
     "multipliers": Multipliers,
+    "scores": Scores,
     "window": Window,
+    "zone": Zone,
+    "depth": Depth,
     "random": Random,
 }
 
 Targeting = Annotated[
-    NoTargeting | Global | Targeted | Healthy | Multipliers | Window | Random,
+    NoTargeting
+    | Global
+    | Targeted
+    | Healthy
+    | Multipliers
+    | Scores
+    | Window
+    | Zone
+    | Depth
+    | Random,
     Field(discriminator="kind"),
 ]
 """The targeting of a noise policy."""
