@@ -86,14 +86,12 @@ def draws_table(results: Results, during: During) -> Table | None:
     device, to the next; None where every evaluation has a single draw."""
     rows: list[tuple[Cell, ...]] = []
     for scenario, evidence in results.evidence_of(during):
-        if scenario.spec.eval_draws < 2:
-            continue
         label = sweep_label(scenario)
         for arm in evidence.arms:
             found = faulty_evaluations(results, scenario.name, arm.arm)
             spreads = [row.loss_sd for row in found]
             matches = [row.exact_match_sd for row in found]
-            if not found or None in spreads:
+            if not found or found[0].draws < 2:
                 continue
             between = [row.loss for row in found if row.loss is not None]
             rows.append(
