@@ -14,6 +14,7 @@ from aqn_tune.report.loading import load_results
 from aqn_tune.report.page import context, render_html, render_markdown
 from aqn_tune.report.parquet import run_lines
 from aqn_tune.report.results import Results
+from aqn_tune.report.summary import summary_of
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,7 @@ def test_formats_are_averaged_over_layers_and_the_worst_is_named(plain: Results)
     assert second[2:5] == ("activation", "n/a", "n/a")
     assert (first[0], second[0], third[0]) == ("threshold 0.1", "", "threshold 0.2")
     assert fourth[0] == ""
+    assert "% of values affected, SQNR 15.0 dB" in summary_of(results).replace("\u202f", " ")
     for text in (render_html(context(results)), render_markdown(context(results))):
         assert "Number formats" in text
         assert "10.0 (layer 1)" in text

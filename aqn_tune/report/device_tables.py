@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
+from aqn_tune.evidence.assemble import ScenarioEvidence
 from aqn_tune.ledger.rows import EvaluationRow, QuantizerMeasure
 from aqn_tune.report.results import Results
-from aqn_tune.report.scenario_tables import NATS, arm_of, sweep_label
+from aqn_tune.report.scenario_tables import NATS, arm_of, fault_text, sweep_label
 from aqn_tune.report.table import Cell, Column, Table
 from aqn_tune.report.text import NONE, number, percent
-from aqn_tune.study.scenario import During
+from aqn_tune.study.scenario import During, Scenario
 
 
 def faulty_evaluations(results: Results, scenario: str, arm: str) -> tuple[EvaluationRow, ...]:
@@ -30,6 +31,19 @@ def device_tables(results: Results, during: During) -> tuple[Table, ...]:
     """Return the tables that have something to say."""
     found = (quantizer_table(results, during), draws_table(results, during))
     return tuple(table for table in found if table is not None)
+
+
+def effect_text(results: Results, scenario: Scenario, evidence: ScenarioEvidence) -> str:
+    """Return in a phrase what the device did to the values: the share that its faults changed, and the
+    mean SQNR of its number formats."""
+    phrases = []
+    if evidence.faults:
+        phrases.append(f"{fault_text(evidence, 'affected_fraction')} of values affected")
+    rows = faulty_evaluations(results, scenario.name, "fault_only")
+    ratios = [m.sqnr_db for row in rows for m in row.quantizers if m.sqnr_db is not None]
+    if ratios:
+        phrases.append(f"SQNR {number(fmean(ratios), 1)} dB")
+    return ", ".join(phrases) or "effect not measured"
 
 
 def quantizer_table(results: Results, during: During) -> Table | None:

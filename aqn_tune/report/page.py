@@ -9,7 +9,7 @@ from aqn_tune.evidence.exploratory import Exploratory
 from aqn_tune.evidence.regimes import Regime
 from aqn_tune.evidence.verdicts import Verdict
 from aqn_tune.report.curve import EXACT_MATCH, LOSS, curve_svg
-from aqn_tune.report.device_tables import device_tables
+from aqn_tune.report.device_tables import device_tables, effect_text
 from aqn_tune.report.exploratory_table import exploratory_table, explored
 from aqn_tune.report.forest import forest_svg
 from aqn_tune.report.mechanism_figure import CAPTION, DEFINITION, mechanism_sections
@@ -18,7 +18,6 @@ from aqn_tune.report.results import Results, cell_id
 from aqn_tune.report.scenario_tables import (
     DURING,
     arms_table,
-    fault_text,
     recovery_table,
     scenario_table,
     sweep_label,
@@ -49,7 +48,8 @@ class Answer(NamedTuple):
 
     scenario: str
     regime: Mark
-    affected: str
+    effect: str
+    """What the device did to the values that it computes."""
     verdicts: tuple[tuple[str, Mark], ...]
     """Each primary contrast with its verdict."""
     conclusion: str
@@ -89,7 +89,7 @@ def answers(results: Results, during: During) -> tuple[Answer, ...]:
         Answer(
             scenario=sweep_label(scenario),
             regime=Mark(str(evidence.regime.regime), str(evidence.regime.regime)),
-            affected=fault_text(evidence, "affected_fraction"),
+            effect=effect_text(results, scenario, evidence),
             verdicts=tuple(
                 (contrast_label(one), verdict_mark(one.verdict)) for one in evidence.contrasts
             ),

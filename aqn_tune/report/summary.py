@@ -49,7 +49,7 @@ def summary_of(results: Results, *, markup: bool = False) -> str:
             lines.append(f"{DURING[during].capitalize()}:")
         for answer in found:
             regime = paint(answer.regime.text, answer.regime.kind)
-            lines.append(f"  {paint.plain(answer.scenario)}: {regime}, {answer.affected} affected")
+            lines.append(f"  {paint.plain(answer.scenario)}: {regime}, {answer.effect}")
             for label, mark in answer.verdicts:
                 symbol = paint(mark.symbol, mark.kind)
                 lines.append(f"    {symbol} {paint.plain(label)} {mark.text}")
