@@ -16,6 +16,7 @@ from fake_ledger import DAMAGE, Fake, make_lock_file, write_fake
 from aqn_tune.errors import UserError
 from aqn_tune.ledger import Ledger
 from aqn_tune.ledger.rows import EvaluationRow
+from aqn_tune.report.curve import look_of
 from aqn_tune.report.loading import load_results
 from aqn_tune.report.page import context, render_html, render_markdown
 from aqn_tune.report.parquet import run_lines
@@ -57,6 +58,12 @@ def html(results: Results) -> str:
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """One seed of one arm failed; that arm would otherwise win."""
     return load_results(write_fake(tmp_path_factory.mktemp("broken"), fail=[FAILED], **TWO).folder)
+
+
+def test_no_two_arms_look_alike() -> None:
+    """Five markers and ten colours that wrap round together repeat after ten."""
+    looks = [(look.shape % 5, look.css) for look in map(look_of, range(50))]
+    assert len(set(looks)) == 50
 
 
 def rows_of(markdown: str, heading: str) -> list[list[str]]:

@@ -30,6 +30,19 @@ STYLES = {"fault_only": 0, "clean": 1, "global": 2, "targeted": 3, "healthy": 4,
 """Colour and marker of the controls, the same in every chart; further arms take the next ones."""
 
 
+class Look(NamedTuple):
+    """How a series is told apart."""
+
+    shape: int
+    css: str
+
+
+def look_of(style: int) -> Look:
+    """Return marker and colour of a style: the first ten colours each with a marker of its own, the
+    next ten with another, so that no two of fifty look alike."""
+    return Look(style + style // 10, f"s{style % 10}")
+
+
 class Quantity(NamedTuple):
     """What is drawn upwards."""
 
@@ -208,7 +221,7 @@ def _below(
 def _draw_series(
     points: Sequence[Sequence[float]], places: Sequence[float], y: Scale, style: int
 ) -> list[str]:
-    css = f"s{style % 10}"
+    shape, css = look_of(style)
     parts = []
     means: list[tuple[float, float]] = []
     for seeds, x in zip(points, places, strict=True):
@@ -222,7 +235,7 @@ def _draw_series(
         means.append((x, y(mean)))
     if len(means) > 1:
         parts.insert(0, draw.path(sorted(means), f"curve {css}"))
-    parts += [draw.marker(x, at, 4, style, f"mean {css}") for x, at in means]
+    parts += [draw.marker(x, at, 4, shape, f"mean {css}") for x, at in means]
     return parts
 
 
@@ -234,7 +247,8 @@ def _legend(arms: dict[str, int]) -> list[str]:
         width = 24 + 6.6 * len(label)
         if x + width > WIDTH - RIGHT:
             x, row = LEFT, row + 18
-        parts.append(draw.marker(x + 6, row - 4, 4.5, style, f"mean s{style % 10}"))
+        shape, css = look_of(style)
+        parts.append(draw.marker(x + 6, row - 4, 4.5, shape, f"mean {css}"))
         parts.append(draw.text(x + 15, row, label, "small"))
         x += width + 8
     return parts
