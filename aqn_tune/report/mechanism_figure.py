@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from aqn_tune.report import drawing as draw
 from aqn_tune.report.axes import Scale, bent_ticks, linear, linear_ticks, tick_label
+from aqn_tune.report.curve import look_of
 from aqn_tune.report.mechanism import LOST, LayerMean, Scene, activation_table, scenes
 from aqn_tune.report.results import Results
 from aqn_tune.report.table import Table
@@ -141,7 +142,7 @@ def _frame(panel: _Panel, last: int, *, labelled: bool) -> list[str]:
 
 
 def _draw(profile: Mapping[int, LayerMean], panel: _Panel, style: int) -> list[str]:
-    css = f"s{style % 10}"
+    shape, css = look_of(style)
     size = 3.2 if panel.x(1) - panel.x(0) > 12 else 2.4
     parts = []
     for which, scale in ((0, panel.ratio), (1, panel.cosine)):
@@ -156,7 +157,7 @@ def _draw(profile: Mapping[int, LayerMean], panel: _Panel, style: int) -> list[s
             before = layer
         parts += [draw.path(piece, f"curve {css}") for piece in pieces if len(piece) > 1]
         points = [point for piece in pieces for point in piece]
-        parts += [draw.marker(x, y, size, style, f"mean {css}") for x, y in points]
+        parts += [draw.marker(x, y, size, shape, f"mean {css}") for x, y in points]
     return parts
 
 
@@ -168,7 +169,8 @@ def _legend(arms: Mapping[str, int]) -> tuple[list[str], float]:
         width = 30 + 6.6 * len(name)
         if x + width > WIDTH - RIGHT:
             x, row = LEFT, row + 18
-        parts.append(draw.marker(x + 6, row - 4, 4.5, style, f"mean s{style % 10}"))
+        shape, css = look_of(style)
+        parts.append(draw.marker(x + 6, row - 4, 4.5, shape, f"mean {css}"))
         parts.append(draw.text(x + 15, row, name, "small"))
         x += width
     return parts, row + 8
