@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
+import random
 from typing import Any
 
 import pytest
 
+from aqn_tune.ledger.rows import NoiseMeasure
 from aqn_tune.noise import EffectiveNoise, NoisePolicy
 from aqn_tune.study.runs import Condition, Run
 from aqn_tune.study.training import TrainingSpec
+from aqn_tune.training import audit
 from aqn_tune.training.audit import MOST_SHORT, is_audited
 
 
@@ -103,3 +107,46 @@ def test_the_steps_follow_from_the_run_alone() -> None:
     for step in reversed(range(200)):
         is_audited(other, step)
         assert is_audited(one, step) is first[step]
+
+
+def measured(run: Run, rng: random.Random, *, draws: int, factor: float = 1.0) -> NoiseMeasure:
+    """Return what an audit of one layer measures when its noise is `factor` times the declared."""
+    assert run.noise is not None
+    looked_at = [s for s in range(len(run.noise.sigma)) if is_audited(run, s)]
+    squares, scheduled = 0.0, 0.0
+    for step in looked_at:
+        sigma = run.noise.sigma[step]
+        # The sum of n squared normal draws is a gamma variable of shape n / 2 and scale 2.
+        squares += (factor * sigma) ** 2 * rng.gammavariate(draws / 2, 2)
+        scheduled += draws * sigma**2
+    count = draws * len(looked_at)
+    return NoiseMeasure(
+        layer=0,
+        looks=len(looked_at),
+        scheduled=math.sqrt(scheduled / count),
+        realised=math.sqrt(squares / count),
+        draws=count,
+    )
+
+
+def test_few_draws_under_a_falling_sigma_raise_no_false_alarm() -> None:
+    """The first stages outweigh the last ones a thousandfold: pooled over all steps, a norm of 64
+    weights has the certainty of a few hundred draws, not of the thousands that were made."""
+    policy = NoisePolicy.model_validate(
+        {
+            "carrier": "rmsnorm_weight",
+            "schedule": {"kind": "geometric", "sigma_start": 0.01, "sigma_end": 0.0001},
+            "targeting": {"kind": "targeted", "layers": [0]},
+        }
+    )
+    run = run_with(policy.resolve(steps=60, layer_count=1, fault_layers=(0,)))
+    rng = random.Random(0)
+    alarms = [
+        list(audit._noise_mismatches(run, 60, [measured(run, rng, draws=128)]))
+        for _ in range(20_000)
+    ]
+    assert not any(alarms)
+    # 128 draws in each of two steps of a sigma: half too much or too little cannot be chance.
+    for factor in (0.5, 1.5):
+        wrong = measured(run, rng, draws=128, factor=factor)
+        assert list(audit._noise_mismatches(run, 60, [wrong]))

@@ -191,13 +191,27 @@ def _noise_sites(run: Run, book: AddressBook) -> list[str]:
     ]
 
 
-def _scheduled(run: Run, layer: int, steps: Sequence[int]) -> float:
-    """Return the root mean square of a layer's declared noise over those of `steps` that have any."""
-    if run.noise is None:
-        return 0.0
-    levels = [run.noise.sigma[step] * run.noise.multipliers_at(step)[layer] for step in steps]
+class _Scheduled(NamedTuple):
+    """A layer's declared noise over the steps that were looked at."""
+
+    rms: float
+    """Root mean square over those with any noise."""
+    weight: float
+    """Share of the draws that a root mean square rests on: steps of a large sigma outweigh the others."""
+
+
+def _scheduled(run: Run, layer: int, steps: Sequence[int]) -> _Scheduled:
+    noise = run.noise
+    levels = [noise.sigma[s] * noise.multipliers_at(s)[layer] for s in steps] if noise else []
     noised = [level for level in levels if level > 0]
-    return math.sqrt(math.fsum(level * level for level in noised) / max(len(noised), 1))
+    if not noised:
+        return _Scheduled(0.0, 0.0)
+    top = max(noised)  # relative to it, so that the fourth power of a tiny sigma does not vanish
+    squares = [(level / top) ** 2 for level in noised]
+    total, fourth = math.fsum(squares), math.fsum(square * square for square in squares)
+    return _Scheduled(
+        top * math.sqrt(total / len(squares)), total * total / (len(squares) * fourth)
+    )
 
 
 def _noise_mismatches(run: Run, steps: int, measures: Sequence[NoiseMeasure]) -> Iterator[str]:
@@ -208,11 +222,11 @@ def _noise_mismatches(run: Run, steps: int, measures: Sequence[NoiseMeasure]) ->
     for layer in range(layers):
         measure = realised.pop(layer, None)
         wanted = _scheduled(run, layer, looked_at)
-        if measure is None and wanted > 0:
-            yield f"layer {layer} was scheduled {wanted:.6g} and got none"
+        if measure is None and wanted.rms > 0:
+            yield f"layer {layer} was scheduled {wanted.rms:.6g} and got none"
         elif measure is not None and not within_sampling_error(
-            measure.realised, wanted, measure.draws
+            measure.realised, wanted.rms, int(measure.draws * wanted.weight)
         ):
-            yield f"layer {layer} was scheduled {wanted:.6g} and got {measure.realised:.6g}"
+            yield f"layer {layer} was scheduled {wanted.rms:.6g} and got {measure.realised:.6g}"
     for layer in realised:
         yield f"layer {layer} was scheduled none and got noise"
