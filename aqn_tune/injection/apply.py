@@ -80,12 +80,12 @@ def quantize(slot: QuantizerSlot, part: Tensor, known: Tensor) -> Quantized:
 
     A scale of the whole tensor is each replica's own, and padding does not enter it.
     """
-    with torch.no_grad():
-        amax = None
-        if slot.spec.uses_tensor_scale:
-            largest = part.detach().abs().amax(dim=2, keepdim=True)
-            amax = largest.masked_fill(~known, 0.0).amax(dim=1, keepdim=True)
-        return slot.spec.quantize(part.detach(), amax=amax)
+    part = part.detach()
+    amax = None
+    if slot.spec.uses_tensor_scale:
+        largest = part.abs().amax(dim=2, keepdim=True)
+        amax = largest.masked_fill(~known, 0.0).amax(dim=1, keepdim=True)
+    return slot.spec.quantize(part, amax=amax)
 
 
 def quantizer_defect(quantize: Callable[[Tensor], Tensor], replicas: int) -> str:

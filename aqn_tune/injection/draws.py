@@ -37,10 +37,14 @@ def keyed_normal(x: Tensor, seeds: Sequence[int], scratch: Scratch | None = None
     """
     scratch = scratch or Scratch()
     generator = scratch.generator
-    if len(seeds) == 1 or len(set(seeds)) == 1:
+    if len(seeds) == 1:
+        z = scratch.of(x.shape)
+        torch.randn(x.shape, generator=generator.manual_seed(seeds[0]), out=z)
+        return z.to(x)
+    if len(set(seeds)) == 1:
         row = scratch.of(x.shape[1:])
         torch.randn(row.shape, generator=generator.manual_seed(seeds[0]), out=row)
-        return row.to(x.device, x.dtype).expand_as(x)
+        return row.to(x).expand_as(x)
     z = scratch.of(x.shape)
     rows: dict[int, Tensor] = {}
     for index, seed in enumerate(seeds):
@@ -49,7 +53,7 @@ def keyed_normal(x: Tensor, seeds: Sequence[int], scratch: Scratch | None = None
             continue
         generator.manual_seed(seed)
         rows[seed] = torch.randn(z[index].shape, generator=generator, out=z[index])
-    return z.to(x.device, x.dtype)
+    return z.to(x)
 
 
 class CallDraws:

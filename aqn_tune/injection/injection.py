@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -50,6 +50,12 @@ class _Site:
     grad_input: Faults = field(default_factory=list)
     grad_output: Faults = field(default_factory=list)
     skips: tuple[int, ...] = ()
+
+    @cached_property
+    def rests(self) -> bool:
+        """Whether nothing changes the output: every fault is at a level at which it is the identity."""
+        acting = any(slot.acting is not None for slot, _ in self.output)
+        return not (acting or self.noise or self.grad_output or self.skips)
 
 
 class Injection:
@@ -357,6 +363,11 @@ class Injection:
         kwargs: dict[str, Any],
         out: Any,
     ) -> Any:
+        if site.rests and self.watch is None:
+            if self._counting:
+                for fault, tally in site.output:
+                    tally.count(fault.active)
+            return None
         # A decoder layer returns a tensor in transformers 5 and a tuple in 4.
         given: Tensor = out[0] if isinstance(out, tuple) else out
         x = self._folded(given)
@@ -427,17 +438,16 @@ class Injection:
         slots = tuple(id(slot) for slot, _ in site.quantizers)
         if self._quantized and self._quantized[0] == slots and _is_same(self._quantized[1], x):
             return straight_through(x, self._quantized[2])
-        with torch.no_grad():
-            quantized = x
-            for slot, tally in site.quantizers:
-                quantized = apply_quantizer(
-                    slot,
-                    quantized,
-                    self._valid,
-                    "activation",
-                    site.address.layer,
-                    tally if self.measures else None,
-                )
+        quantized = x.detach()
+        for slot, tally in site.quantizers:
+            quantized = apply_quantizer(
+                slot,
+                quantized,
+                self._valid,
+                "activation",
+                site.address.layer,
+                tally if self.measures else None,
+            )
         # Values are shared, the way back is not: the gradient of each product is its own.
         self._quantized = (slots, x, quantized)
         return straight_through(x, quantized)

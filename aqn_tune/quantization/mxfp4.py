@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from functools import cache
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
 from aqn_tune.quantization.base import Quantized, QuantizerSpec
 from aqn_tune.quantization.rounding import (
+    FloatLayout,
     largest,
     layout,
     magnitudes,
@@ -18,6 +20,7 @@ from aqn_tune.quantization.rounding import (
 )
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 ScaleMode = Literal["floor", "rceil", "even", "ceil"]
@@ -54,7 +57,7 @@ class MXFP4(QuantizerSpec):
         scale = self._scale(largest(magnitude))
         magnitude.mul_(scale.reciprocal()).clamp_max_(6.0)
         round_magnitude(magnitude, mantissa=1, smallest_exponent=0).mul_(scale)
-        values = reassemble(magnitude, x)
+        values = reassemble(magnitude, x, saturate=self.scale_mode != "floor")
         return Quantized(values, lambda: spread(scale * 6.0, block, x.shape))
 
     def _scale(self, amax: Tensor) -> Tensor:
@@ -63,10 +66,30 @@ class MXFP4(QuantizerSpec):
         Each mode is the floor mode of a slightly larger number: what is added to the bits carries into
         the exponent exactly where the mode's own formula steps to the next one.
         """
-        form = layout(amax.dtype)
-        one = 1 << form.mantissa
-        carry = {"floor": 0, "rceil": one // 2 - 1, "even": one // 4, "ceil": one - 1}
-        bits = amax.view(form.integers).add(carry[self.scale_mode])
-        bits.bitwise_and_(form.exponent_mask).sub_(2 * one)
-        bits.clamp_(form.power_bits(-127), form.power_bits(127))
+        form, carry, two, lowest, highest = _constants(self.scale_mode, amax.dtype)
+        bits = amax.view(form.integers)
+        if carry:
+            bits = bits + carry
+        bits = bits.bitwise_and(form.exponent_mask).sub_(two).clamp_(lowest, highest)
         return spoil(bits.view(amax.dtype), amax)
+
+
+class _Constants(NamedTuple):
+    """What the scales of a mode and dtype are worked out with."""
+
+    form: FloatLayout
+    carry: int
+    two: int
+    """Two steps of the exponent."""
+    lowest: int
+    """The bits of 2**-127."""
+    highest: int
+    """The bits of 2**127."""
+
+
+@cache
+def _constants(mode: ScaleMode, dtype: torch.dtype) -> _Constants:
+    form = layout(dtype)
+    one = 1 << form.mantissa
+    carry = {"floor": 0, "rceil": one // 2 - 1, "even": one // 4, "ceil": one - 1}
+    return _Constants(form, carry[mode], 2 * one, form.power_bits(-127), form.power_bits(127))

@@ -58,7 +58,7 @@ def magnitudes(x: Tensor, block: int) -> Tensor:
     size = x.shape[-1]
     block = block or size
     blocks = -(-size // block) if size else 0
-    magnitude = torch.abs(x.to(working))
+    magnitude = torch.abs(x if x.dtype == working else x.to(working))
     if blocks * block != size:
         magnitude = torch.nn.functional.pad(magnitude, (0, blocks * block - size))
     return magnitude.view(*x.shape[:-1], blocks, block)
@@ -75,7 +75,7 @@ def largest(magnitude: Tensor) -> Tensor:
 
 def spoil(scale: Tensor, amax: Tensor) -> Tensor:
     """Make `scale` NaN, in place, wherever `amax` is not finite: what it scales then shows the defect."""
-    return scale.add_(amax - amax)
+    return scale.add_(amax, alpha=0)  # nothing times infinity is NaN
 
 
 def round_magnitude(y: Tensor, mantissa: int, smallest_exponent: int) -> Tensor:
@@ -94,11 +94,18 @@ def round_magnitude(y: Tensor, mantissa: int, smallest_exponent: int) -> Tensor:
     return y.add_(power, alpha=shift).sub_(power, alpha=shift)
 
 
-def reassemble(magnitude: Tensor, x: Tensor) -> Tensor:
-    """Return [..., B, block] magnitudes, which are overwritten, as values of x's shape, signs and dtype."""
+def reassemble(magnitude: Tensor, x: Tensor, *, saturate: bool = True) -> Tensor:
+    """Return [..., B, block] magnitudes, which are overwritten, as values of x's shape, signs and dtype.
+
+    `saturate` keeps magnitudes beyond the range of x's dtype from becoming infinite.
+    """
     import torch
 
-    magnitude = _joined(magnitude.clamp_max_(torch.finfo(x.dtype).max), x.shape).to(x.dtype)
+    if saturate:
+        magnitude.clamp_max_(torch.finfo(x.dtype).max)
+    magnitude = _joined(magnitude, x.shape)
+    if magnitude.dtype != x.dtype:
+        magnitude = magnitude.to(x.dtype)
     return magnitude.copysign_(x) if magnitude.is_contiguous() else torch.copysign(magnitude, x)
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
     from torch import Tensor
 
 
@@ -21,6 +25,14 @@ def straight_through(x: Tensor, values: Tensor) -> Tensor:
         return values.detach()
     # A view of x that autograd does not take for one, pointed at other numbers: its way back is the
     # identity and, unlike that of a Python function, costs next to nothing.
-    result: Tensor = torch.ops.aten._unsafe_view.default(x, x.shape)
+    result = _unsafe_view()(x, x.shape)
     result.data = values.detach()
     return result
+
+
+@cache
+def _unsafe_view() -> Callable[[Tensor, torch.Size], Tensor]:
+    import torch
+
+    operator: Callable[[Tensor, torch.Size], Tensor] = torch.ops.aten._unsafe_view.default
+    return operator
