@@ -545,6 +545,35 @@ def test_a_frozen_weight_is_quantized_once_and_a_trained_one_in_every_forward(
     assert pack.injection.quantizer_tallies[0].calls[0] == 4 * microbatches * weights * 2
 
 
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_products_of_one_input_quantize_it_once(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of another input at the same address anew: memory is used again, and written in place."""
+    calls: list[Tensor] = []
+    original = injection_module.apply_quantizer
+
+    def recorded(slot: Any, x: Tensor, *rest: Any) -> Tensor:
+        calls.append(x)
+        return original(slot, x, *rest)
+
+    monkeypatch.setattr(injection_module, "apply_quantizer", recorded)
+    toy = Toy(layers=2, branches=2)
+    entry = Entry(Device(quantization=(MXFP4(operands="activation"),)))
+    x = sample(1, TOKENS, WIDTH)
+
+    def expected(x: Tensor) -> Tensor:
+        for layer in toy.layers:
+            up = mxfp4(x) @ layer.up.weight.T + mxfp4(x) @ layer.side.weight.T
+            x = mxfp4(up) @ layer.down.weight.T
+        return x
+
+    with Injection(AddressBook(toy), [entry], seed_of=seed_of) as injection, mode():
+        for count in (1, 2, 3):
+            injection.begin(VALID)
+            assert same(toy(x).detach(), expected(x).detach())
+            assert len(calls) == 4 * count
+            x.mul_(-1.5)
+
+
 def test_a_trained_weight_is_never_stale() -> None:
     """A forward pass without gradient, between two steps, sees the weight as it is by then."""
     toy = Toy()

@@ -534,12 +534,17 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
     """Return whether two tensors are views of the same values: the q, k and v products share theirs."""
     if one is other:
         return True
-    base = one._base
+    if one.is_inference() and other.is_inference():  # they know no base and no version
+        is_shared = True
+    else:
+        is_shared = (
+            one._base is not None and one._base is other._base and one._version == other._version
+        )
+    # Both are alive, so that one address is one memory.
     return (
-        base is not None
-        and base is other._base
+        is_shared
         and one.data_ptr() == other.data_ptr()
         and one.shape == other.shape
         and one.stride() == other.stride()
-        and (one.is_inference() or one._version == other._version)
+        and one.dtype == other.dtype
     )

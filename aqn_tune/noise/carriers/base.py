@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import cache
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
@@ -10,6 +11,7 @@ from pydantic import Field
 from aqn_tune.study.base import Spec
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 NoiseSite = Literal["layer_output", "norm_weight", "linear_weight"]
@@ -25,6 +27,18 @@ class Noised(NamedTuple):
     scale: Tensor
     """What sigma is relative to, broadcastable to `values`: (values - x) / scale must have a standard
     deviation of sigma wherever scale is not 0."""
+
+
+def unit_scale(x: Tensor) -> Tensor:
+    """Return the scale of absolute noise on `x`: one everywhere."""
+    return _one(x.dtype, x.device).expand_as(x)
+
+
+@cache
+def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    import torch
+
+    return torch.ones((), dtype=dtype, device=device)
 
 
 class CarrierSpec(Spec):
