@@ -18,7 +18,8 @@ What differs: loops and trainer draw noise from torch's global generator, ours f
 hashes the frozen weights and measures the noise it injects. The losses of the steps before the first noise
 must agree; the largest difference is printed.
 
-`--only` takes names of workloads, and `arithmetic` for where the rest of a step goes: the matrix products
+What is measured is written after every workload, so that an interrupted run is not lost. `--only` takes
+names of workloads, and `arithmetic` for where the rest of a step goes: the matrix products
 of a step alone, each timed at its own shape, beside the step, and its time by kind of operation.
 """
 
@@ -330,6 +331,8 @@ def measure(
     say(f"{workload.name}: starting actors")
     actor = ray.remote(num_cpus=0)(Worker)
     actors = {way: [actor.remote(shared) for _ in both] for way in ways}  # type: ignore[attr-defined]
+    # Memory that a larger pack leaves behind must not show in the peaks of the others.
+    other = actor.remote(shared) if workload == XS else None  # type: ignore[attr-defined]
     short = configs(workload, 2, 1)
     ray.get(
         [
@@ -359,13 +362,13 @@ def measure(
                 )
             )
             losses[way] = [row for each in timed for row in each.losses]
-        if workload == XS:
+        if other is not None:
             say(f"{workload.name}: round {number + 1} of {rounds}, K = 10 and K = 1")
             ten, one = [run for runs in both for run in runs], both[0][:1]
-            costs = [ray.get(actors["packs"][0].step_cost.remote(runs)) for runs in (ten, one)]
+            costs = [ray.get(other.step_cost.remote(runs)) for runs in (ten, one)]
             k_scaling.append(costs[0] / costs[1])
-    for way in ways:
-        for each in actors[way]:
+    for each in (*(each for way in ways for each in actors[way]), other):
+        if each is not None:
             ray.kill(each)
     noise = both[0][0].noise
     assert noise is not None
@@ -410,7 +413,7 @@ def products(workload: Workload, replicas: int, shapes: Sequence[tuple[int, int]
     """Return the matrix products of one step of a LoRA pack; `shapes` are (in, out) of the adapted layers.
 
     Frozen: y = x W^T, and back g W. Adapter: x A, (x A) B, and back two of each. The first layer's q, k
-    and v need no gradient of their input. Attention: scores and values, and back five. The head is the
+    and v need no gradient of their input, and are counted as if they did. Attention: scores and values, and back five. The head is the
     embedding: forward and back.
     """
     rank = workload.rank
@@ -744,6 +747,20 @@ def main() -> None:
     chosen = [workload for workload in WORKLOADS if workload.name in options.only]
     measured: list[Measured] = []
     parts: list[Arithmetic] = []
+
+    def save() -> None:
+        if options.out is None:
+            return
+        settings = {
+            "rounds": options.rounds, "steps": options.steps, "seeds": SEEDS, "configs": 2, "actors": 2,
+            "load_before": before, "load_after": load(),
+        }  # fmt: skip
+        options.out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(record(measured, parts, settings), indent=1)
+        (options.out / "replicas.json").write_text(f"{text}\n")
+        if measured:
+            (options.out / "replicas.svg").write_text(picture(measured))
+
     with tempfile.TemporaryDirectory() as name, console.status("starting") as status:
         folder = Path(name)
         if chosen:
@@ -761,12 +778,14 @@ def main() -> None:
                     measure(workload, options.steps, options.rounds, folder, status.update)
                 )
                 print_measured(console, measured[-1])
+                save()
             ray.shutdown()
         if ARITHMETIC in options.only:
             for workload in (XS, STUDY):
                 status.update(f"{workload.name}: arithmetic")
                 parts.append(arithmetic(workload, SEEDS, folder, max(options.steps // 4, 4)))
                 print_arithmetic(console, parts[-1])
+                save()
     after = load()
     if found := floors(measured):
         print_floors(console, found)
@@ -778,16 +797,6 @@ def main() -> None:
         f"{options.rounds} rounds; dead zone at layer {FAULTY_LAYER}",
         highlight=False,
     )
-    if options.out:
-        settings = {
-            "rounds": options.rounds, "steps": options.steps, "seeds": SEEDS, "configs": 2, "actors": 2,
-            "load_before": before, "load_after": after,
-        }  # fmt: skip
-        options.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(record(measured, parts, settings), indent=1)
-        (options.out / "replicas.json").write_text(f"{text}\n")
-        if measured:
-            (options.out / "replicas.svg").write_text(picture(measured))
 
 
 if __name__ == "__main__":

@@ -38,12 +38,9 @@ def keyed_normal(x: Tensor, seeds: Sequence[int], scratch: Scratch | None = None
     scratch = scratch or Scratch()
     generator = scratch.generator
     if len(seeds) == 1:
-        z = scratch.of(x.shape)
-        torch.randn(x.shape, generator=generator.manual_seed(seeds[0]), out=z)
-        return z.to(x)
+        return scratch.of(x.shape).normal_(generator=generator.manual_seed(seeds[0])).to(x)
     if len(set(seeds)) == 1:
-        row = scratch.of(x.shape[1:])
-        torch.randn(row.shape, generator=generator.manual_seed(seeds[0]), out=row)
+        row = scratch.of(x.shape[1:]).normal_(generator=generator.manual_seed(seeds[0]))
         return row.to(x).expand_as(x)
     z = scratch.of(x.shape)
     rows: dict[int, Tensor] = {}
@@ -51,8 +48,7 @@ def keyed_normal(x: Tensor, seeds: Sequence[int], scratch: Scratch | None = None
         if seed in rows:
             z[index].copy_(rows[seed])
             continue
-        generator.manual_seed(seed)
-        rows[seed] = torch.randn(z[index].shape, generator=generator, out=z[index])
+        rows[seed] = z[index].normal_(generator=generator.manual_seed(seed))
     return z.to(x)
 
 

@@ -55,7 +55,7 @@ class MXFP4(QuantizerSpec):
         magnitude = magnitudes(x, self.block)
         block = magnitude.shape[-1]
         scale = self._scale(largest(magnitude))
-        magnitude.mul_(scale.reciprocal()).clamp_max_(6.0)
+        magnitude.div_(scale).clamp_max_(6.0)
         round_magnitude(magnitude, mantissa=1, smallest_exponent=0).mul_(scale)
         values = reassemble(magnitude, x, saturate=self.scale_mode != "floor")
         return Quantized(values, lambda: spread(scale * 6.0, block, x.shape))

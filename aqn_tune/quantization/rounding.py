@@ -47,21 +47,29 @@ def magnitudes(x: Tensor, block: int) -> Tensor:
     x [..., D] gives [..., B, block] with B = ceil(D / block), the last block filled up with zeros;
     `block` 0 gives [..., 1, D].
     """
-    import torch
-
-    if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        raise UserError(
-            f"quantization: got a tensor of {x.dtype}; "
-            "allowed are torch.float32, torch.float64, torch.bfloat16 and torch.float16"
-        )
-    working = x.dtype if x.dtype == torch.float64 else torch.float32
+    working = _working(x.dtype)
     size = x.shape[-1]
     block = block or size
     blocks = -(-size // block) if size else 0
-    magnitude = torch.abs(x if x.dtype == working else x.to(working))
+    magnitude = (x if x.dtype == working else x.to(working)).abs()
     if blocks * block != size:
+        import torch
+
         magnitude = torch.nn.functional.pad(magnitude, (0, blocks * block - size))
     return magnitude.view(*x.shape[:-1], blocks, block)
+
+
+@cache
+def _working(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that tensors of `dtype` are quantized in."""
+    import torch
+
+    if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise UserError(
+            f"quantization: got a tensor of {dtype}; "
+            "allowed are torch.float32, torch.float64, torch.bfloat16 and torch.float16"
+        )
+    return dtype if dtype == torch.float64 else torch.float32
 
 
 def largest(magnitude: Tensor) -> Tensor:
@@ -99,14 +107,19 @@ def reassemble(magnitude: Tensor, x: Tensor, *, saturate: bool = True) -> Tensor
 
     `saturate` keeps magnitudes beyond the range of x's dtype from becoming infinite.
     """
-    import torch
-
     if saturate:
-        magnitude.clamp_max_(torch.finfo(x.dtype).max)
+        magnitude.clamp_max_(_largest_value(x.dtype))
     magnitude = _joined(magnitude, x.shape)
     if magnitude.dtype != x.dtype:
         magnitude = magnitude.to(x.dtype)
-    return magnitude.copysign_(x) if magnitude.is_contiguous() else torch.copysign(magnitude, x)
+    return magnitude.copysign_(x) if magnitude.is_contiguous() else magnitude.copysign(x)
+
+
+@cache
+def _largest_value(dtype: torch.dtype) -> float:
+    import torch
+
+    return torch.finfo(dtype).max
 
 
 def spread(limit: Tensor, block: int, shape: torch.Size) -> Tensor:

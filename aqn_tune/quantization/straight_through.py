@@ -19,14 +19,14 @@ def straight_through(x: Tensor, values: Tensor) -> Tensor:
     the same shape and dtype; the result shares memory with `values` and is exactly it, which
     `x + (values - x).detach()` is not. Nothing is kept for the backward pass.
     """
-    import torch
-
-    if not (x.requires_grad and torch.is_grad_enabled()):
-        return values.detach()
+    values = values.detach()
+    if not x.requires_grad:
+        return values
+    unsafe_view = _unsafe_view()
     # A view of x that autograd does not take for one, pointed at other numbers: its way back is the
     # identity and, unlike that of a Python function, costs next to nothing.
-    result = _unsafe_view()(x, x.shape)
-    result.data = values.detach()
+    result = unsafe_view(x, x.shape)
+    result.data = values
     return result
 
 
