@@ -19,8 +19,8 @@ hashes the frozen weights and measures the noise it injects. The losses of the s
 must agree; the largest difference is printed.
 
 What is measured is written after every workload, so that an interrupted run is not lost. `--only` takes
-names of workloads, and `arithmetic` for where the rest of a step goes: the matrix products
-of a step alone, each timed at its own shape, beside the step, and its time by kind of operation.
+names of workloads, and `arithmetic` for where the rest of a step goes: the matrix products of a step alone,
+each timed at its own shape, beside the step, and its time by kind of operation.
 """
 
 from __future__ import annotations
@@ -413,8 +413,8 @@ def products(workload: Workload, replicas: int, shapes: Sequence[tuple[int, int]
     """Return the matrix products of one step of a LoRA pack; `shapes` are (in, out) of the adapted layers.
 
     Frozen: y = x W^T, and back g W. Adapter: x A, (x A) B, and back two of each. The first layer's q, k
-    and v need no gradient of their input, and are counted as if they did. Attention: scores and values, and back five. The head is the
-    embedding: forward and back.
+    and v need no gradient of their input, and are counted as if they did. Attention: scores and values,
+    and back five. The head is the embedding: forward and back.
     """
     rank = workload.rank
     assert rank is not None
