@@ -26,6 +26,7 @@ from aqn_tune.injection import weights as weights_module
 from aqn_tune.injection.address import Address, AddressBook
 from aqn_tune.injection.fold import Entry, NoiseSlot
 from aqn_tune.injection.injection import Injection
+from aqn_tune.injection.layout import Layout
 from aqn_tune.ledger.rows import EvaluationRow, TrainingRow
 from aqn_tune.models.load import build_model, decoder_layers
 from aqn_tune.noise import EffectiveNoise
@@ -167,13 +168,13 @@ def test_01_noise_on_no_layer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ):
             train(folder, run)
 
-    place = Injection._place_noise
+    place = Layout._place_noise
 
-    def half(self: Injection, slot: NoiseSlot, layer: int) -> None:
+    def half(self: Layout, slot: NoiseSlot, layer: int) -> None:
         if layer < LAYERS // 2:
             place(self, slot, layer)
 
-    monkeypatch.setattr(Injection, "_place_noise", half)
+    monkeypatch.setattr(Layout, "_place_noise", half)
     assert "noise audit: declared 40, happened 20" in failure(folder, run)
 
 
@@ -291,7 +292,7 @@ def test_04_noise_that_stays_in_the_weights(
     def into_the_weights(self: Injection, valid: Tensor, **rest: Any) -> None:
         begin(self, valid, **rest)
         for layer in range(LAYERS):
-            for norm in self._book.norms(layer):
+            for norm in self.layout._book.norms(layer):
                 norm.module.get_parameter("weight").data.add_(0.01)
 
     monkeypatch.setattr(Injection, "begin", into_the_weights)
@@ -462,7 +463,7 @@ def test_08_adapters_head_and_wrappers_quantized(
         with injection:
             injection.begin(VALID)
             model(input_ids=TOKENS)
-        (tally,) = injection.quantizer_tallies
+        ((_, _, tally),) = injection.layout.quantizers
         assert tally.sites == int(tally.calls[0]) == 2 * len(bases), "weight and activation of each"
         assert torch.equal(heard["wrapper"][-1], heard["adapter"][-1]) is is_exact
 
@@ -505,7 +506,7 @@ def test_09_a_fault_on_no_layer(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         sound(folder, run_of(device=Device(faults=(LINEARS,))))  # why nobody noticed
         with pytest.raises(UserError, match=r"modules '\.' matches nothing in layer 1"):
             train(folder, run_of())
-    monkeypatch.setattr(Injection, "_place_fault", lambda self, slot: None)
+    monkeypatch.setattr(Layout, "_place_fault", lambda self, slot: None)
     assert "fault audit: declared ['model.layers.1'], happened []" in failure(folder, run_of())
 
 

@@ -210,13 +210,13 @@ def test_what_is_shown_is_what_is_attached_and_not_what_was_declared(
 def test_a_quantizer_that_reaches_too_few_modules_shows(
     study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from aqn_tune.injection.injection import Injection
+    from aqn_tune.injection.layout import Layout
 
-    def forgetful(self: Injection, slot: Any) -> None:
+    def forgetful(self: Layout, slot: Any) -> None:
         for address in self._book.find(slot.spec, "quantization")[:5]:
             self._weight(address).quantizers.append((slot, None))  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Injection, "_place_quantizer", forgetful)
+    monkeypatch.setattr(Layout, "_place_quantizer", forgetful)
     found = data(capsys, "--arm", "fault_only", "--set", "scenario.quantization=mxfp4", code=1)
     assert sum(site["what"] == "quantizer" for site in found["sites"]) == 5
     assert len(found["missing"]) == 2 * 84 - 5

@@ -690,7 +690,7 @@ def stuck_places(
         injection.begin(torch.ones(len(entries), tokens, dtype=torch.bool))
         if fault.site == "weight":
             toy.layers[0].up(torch.eye(32, dtype=torch.float64).expand(len(entries), -1, -1))
-            (site,) = injection._weights.values()
+            (site,) = injection.layout.weights.values()
             versions = site.variants(injection)
             return torch.stack([v.weight for v in versions for _ in range(v.first, v.last)]) == 7.0
         return toy(fold) == 7.0

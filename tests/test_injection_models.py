@@ -429,9 +429,9 @@ def test_types_are_kept_and_nothing_is_left_behind(name: str, treatment: str) ->
 
 def counters(injection: Injection) -> list[Any]:
     return [
-        [tally.calls.tolist() for tally in injection.tallies],
-        [tally.due.tolist() for tally in injection.tallies],
-        [tally.calls.tolist() for tally in injection.quantizer_tallies],
+        [fault.tally.calls.tolist() for fault in injection.layout.faults],
+        [fault.tally.due.tolist() for fault in injection.layout.faults],
+        [placed.tally.calls.tolist() for placed in injection.layout.quantizers],
         injection.audit.calls,
         injection.audit.sums,
     ]

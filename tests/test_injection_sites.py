@@ -228,7 +228,7 @@ def test_every_kind_acts_where_it_is_declared(kind: str, site: str, ste: bool) -
     assert same(got.dx, dx)
     assert same(got.dw["layers.0.up.weight"], dw)
     assert same(got.dw["layers.0.down.weight"], sample(TOKENS, WIDTH, seed=3).T @ y)
-    (tally,) = got.injection.tallies
+    ((_, _, tally),) = got.injection.layout.faults
     assert tally.calls.tolist() == [1]
     assert tally.due.tolist() == [int(site in GRADIENT_SITES)]
 
@@ -241,7 +241,7 @@ def test_a_gradient_that_nothing_needs_meets_no_fault() -> None:
     with Injection(AddressBook(toy), [Entry(Device(faults=(fault,)))], seed_of=seed_of) as hooked:
         hooked.begin(VALID)
         assert not toy(sample(1, TOKENS, WIDTH)).requires_grad
-    assert hooked.tallies[0].due.tolist() == [0]
+    assert hooked.layout.faults[0].tally.due.tolist() == [0]
     of_weight = fault.model_copy(update={"site": "grad_weight"})
     with pytest.raises(UserError, match=r"the weight of layers\.0\.up is frozen"):
         Injection(AddressBook(toy), [Entry(Device(faults=(of_weight,)))], seed_of=seed_of)
@@ -378,8 +378,8 @@ def test_a_weight_is_noised_then_spoilt_then_quantized(operands: str) -> None:
             assert not same(got, x @ in_order(order, w).T)
 
 
-def test_gradients_meet_the_nearest_fault_first() -> None:
-    """Two faults of one gradient: what stands last in the device is where the gradient comes in."""
+def test_gradients_meet_their_faults_in_the_declared_order() -> None:
+    """Two faults of one gradient act in the order of the list, as two faults of one activation do."""
     toy = Toy()
     v, w = toy.layers[0].down.weight.detach(), toy.layers[0].up.weight.detach()
     at = {"layers": (0,), "modules": ("up",)}
@@ -397,8 +397,23 @@ def test_gradients_meet_the_nearest_fault_first() -> None:
 
     got = run(toy, Entry(Device(faults=faults)))
     g = dead_zone(sample(TOKENS, WIDTH, seed=3) @ v)
-    assert same(got.dx, dead_zone(offset(g @ w)))
+    assert same(got.dx, offset(dead_zone(g @ w)))
+    assert not same(got.dx, dead_zone(offset(g @ w)))
     assert same(got.dw["layers.0.up.weight"], g.T @ sample(TOKENS, WIDTH))
+
+
+@pytest.mark.parametrize("site", ["input", "output", "grad_input", "grad_output"])
+def test_a_fault_of_a_skipped_layer_reaches_nothing(site: str) -> None:
+    toy = Toy(layers=3)
+    without = Toy(layers=3)
+    without.layers = nn.ModuleList([without.layers[0], without.layers[2]])
+    without.config = Config(2)
+    fault = Bias(layers=(1,), modules=(".",), scale=0.3, site=site)
+    wanted = run(without, Entry())
+    got = run(toy, Entry(Device(faults=(fault,)), skip=(1,)))
+    assert torch.equal(got.y, wanted.y)
+    assert torch.equal(got.dx, wanted.dx)
+    assert not bool(got.dw["layers.1.up.weight"].any())
 
 
 # -- gradients of quantized and of noisy products --------------------------------------------------
@@ -495,8 +510,10 @@ def test_products_that_share_a_quantized_input_keep_gradients_of_their_own() -> 
     ):
         got = run(toy, Entry(Device(faults=faults, quantization=(MXFP4(),))))
         assert same(got.dx, dx)
-        assert [t.calls.tolist() for t in got.injection.tallies] == [[len(faults[0].modules)]]
-        assert got.injection.quantizer_tallies[0].calls.tolist() == [6]
+        assert [fault.tally.calls.tolist() for fault in got.injection.layout.faults] == [
+            [len(faults[0].modules)]
+        ]
+        assert got.injection.layout.quantizers[0].tally.calls.tolist() == [6]
 
 
 # -- what is computed how often --------------------------------------------------------------------
@@ -542,7 +559,7 @@ def test_a_frozen_weight_is_quantized_once_and_a_trained_one_in_every_forward(
     assert counts["weight"] == weights * (forwards if method == "full" else 1)
     # q, k and v share their input, gate and up theirs: four in a layer.
     assert counts["activation"] == 3 * 4 * forwards
-    assert pack.injection.quantizer_tallies[0].calls[0] == 4 * microbatches * weights * 2
+    assert pack.injection.layout.quantizers[0].tally.calls[0] == 4 * microbatches * weights * 2
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])

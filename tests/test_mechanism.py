@@ -320,7 +320,7 @@ def test_zeros_before_and_after_a_dead_zone_differ_by_what_it_affects(folder: Pa
         (3, ".", "output", "dead_zone"),
     ]
     shares = [s.after.zero_fraction - s.before.zero_fraction for s in sites if s.before]
-    wanted = injection.tallies[0].measure(0).affected_fraction
+    wanted = injection.layout.faults[0].tally.measure(0).affected_fraction
     assert sum(shares) / 2 == pytest.approx(wanted, abs=1e-5)
     assert 0.1 < wanted < 0.9
 
@@ -426,7 +426,11 @@ def test_a_healthy_device_draws_nothing(folder: Path) -> None:
     pack = train(folder, a_run(AbsoluteGaussian(layers=(0,), scale=0.1), policy=NOISE))
     assert isinstance(pack.mechanism, Mechanism)
     healthy = pack.mechanism.healthy
-    assert (healthy.audit.calls, healthy.tallies, healthy.quantizer_tallies) == ([0], [], [])
+    assert (
+        healthy.audit.calls,
+        healthy.layout.faults,
+        healthy.layout.quantizers,
+    ) == ([0], [], [])
 
 
 def test_the_training_key_does_not_know_of_observation(folder: Path) -> None:

@@ -25,7 +25,7 @@ class Entry(NamedTuple):
     device: Device = HEALTHY
     noise: EffectiveNoise | None = None
     skip: tuple[int, ...] = ()
-    """Decoder layers that are left out: their output is their input."""
+    """Decoder layers that are left out: their output is their input, whatever is injected into them."""
 
 
 @dataclass(frozen=True)

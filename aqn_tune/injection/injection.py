@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -13,49 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from aqn_tune.errors import UserError
 from aqn_tune.faults.base import Draws
 from aqn_tune.injection.address import Address, AddressBook
 from aqn_tune.injection.apply import apply_fault, apply_quantizer, quantizer_defect
 from aqn_tune.injection.draws import CallDraws, Scratch, keyed_normal
-from aqn_tune.injection.fold import (
-    Entry,
-    FaultSlot,
-    NoiseSlot,
-    QuantizerSlot,
-    SeedOf,
-    fault_slots,
-    noise_slots,
-    quantizer_slots,
-)
+from aqn_tune.injection.fold import Entry, FaultSlot, NoiseSlot, SeedOf
+from aqn_tune.injection.layout import Layout, Site
 from aqn_tune.injection.measure import FaultTally, NoiseAudit, QuantizerTally
 from aqn_tune.injection.observe import ActivationWatch
-from aqn_tune.injection.weights import Mergeable, WeightSite, forward_with
+from aqn_tune.injection.weights import WeightSite, forward_with
 from aqn_tune.quantization import straight_through
 from aqn_tune.study.seeds import stream_seed
-
-Faults = list[tuple[FaultSlot, FaultTally]]
-
-
-@dataclass
-class _Site:
-    """What is injected at the input and output of one module."""
-
-    address: Address
-    module: nn.Module
-    noise: list[NoiseSlot] = field(default_factory=list)
-    quantizers: list[tuple[QuantizerSlot, QuantizerTally]] = field(default_factory=list)
-    input: Faults = field(default_factory=list)
-    output: Faults = field(default_factory=list)
-    grad_input: Faults = field(default_factory=list)
-    grad_output: Faults = field(default_factory=list)
-    skips: tuple[int, ...] = ()
-
-    @cached_property
-    def rests(self) -> bool:
-        """Whether nothing changes the output: every fault is at a level at which it is the identity."""
-        acting = any(slot.acting is not None for slot, _ in self.output)
-        return not (acting or self.noise or self.grad_output or self.skips)
 
 
 class Injection:
@@ -94,12 +61,7 @@ class Injection:
         self.watch: ActivationWatch | None = None
         """Is shown activations before and after everything that is injected into them."""
         self.number = 0
-        self.fault_sites: list[tuple[FaultSlot, tuple[Address, ...]]] = []
-        self.noise_sites: list[tuple[NoiseSlot, Address]] = []
-        self.quantizer_sites: list[tuple[QuantizerSlot, tuple[Address, ...]]] = []
-        self.tallies: list[FaultTally] = []
-        self.quantizer_tallies: list[QuantizerTally] = []
-        self._book = book
+        self.layout = Layout(book, entries)
         self._seed_of = seed_of
         self._handles: list[RemovableHandle] = []
         self._replaced: list[tuple[nn.Module, Any]] = []
@@ -111,122 +73,15 @@ class Injection:
         self._counting = True
         self._quantized: tuple[Any, ...] = ()
         self._scratch = Scratch()
-        self._sites: dict[tuple[str, bool], _Site] = {}
         self._masks: dict[tuple[str, int], dict[tuple[int, ...], Tensor | None]] = {}
-        self._weights: dict[str, WeightSite] = {}
-        merged = [entry.device.deploy == "merged" for entry in entries]
-        if any(merged) and not all(merged):
-            raise ValueError("merged and unmerged adapters cannot share a pass")
-        self._merged = all(merged)
-        for fault_slot in fault_slots(entries, book.layer_count):
-            self._place_fault(fault_slot)
-        for slot in quantizer_slots(entries):
-            self._place_quantizer(slot)
-        for noise_slot in noise_slots(entries, book.layer_count):
-            for layer in noise_slot.layers():
-                self._place_noise(noise_slot, layer)
-        for layer in sorted({layer for entry in entries for layer in entry.skip}):
-            site = self._site(book.layer_output(layer), outer=False)
-            site.skips = tuple(i for i, entry in enumerate(entries) if layer in entry.skip)
-        if self._merged:
-            for layer in range(book.layer_count):
-                for address in book.linears(layer):
-                    outer = book.outer(address)
-                    if hasattr(outer, "merged_weight"):
-                        self._weight(address)
-                    elif outer is not address.module:
-                        raise UserError(
-                            f"deploy merged: the adapter of {address.name} is a "
-                            f"{type(outer).__name__}; merge it beforehand (merge_and_unload)"
-                        )
-
-    # -- placing -----------------------------------------------------------------------------------
-
-    def _site(self, address: Address, *, outer: bool) -> _Site:
-        module = self._book.outer(address) if outer else address.module
-        outer = module is not address.module
-        return self._sites.setdefault((address.name, outer), _Site(address, module))
-
-    def _weight(self, address: Address) -> WeightSite:
-        if "weight" not in dict(address.module.named_parameters(recurse=False)):
-            raise UserError(
-                f"faults: site weight: {address.name} has no weight of its own; "
-                "name modules that have one, for example 'linear'"
-            )
-        if address.name not in self._weights:
-            outer = self._book.outer(address) if self._merged else None
-            host = cast(Mergeable, outer) if hasattr(outer, "merged_weight") else None
-            self._weights[address.name] = WeightSite(address, self.replicas, host)
-        return self._weights[address.name]
-
-    def _place_fault(self, slot: FaultSlot) -> None:
-        addresses = self._book.find(slot.spec)
-        tally = FaultTally(slot.spec.kind, torch.zeros(self.replicas, dtype=torch.int64))
-        tally.sites = len(addresses)
-        self.tallies.append(tally)
-        self.fault_sites.append((slot, addresses))
-        for address in addresses:
-            if slot.spec.site == "weight":
-                self._weight(address).faults.append((slot, tally))
-            elif slot.spec.site == "grad_weight":
-                weight = self._weight(address)
-                if not weight.module.get_parameter("weight").requires_grad:
-                    raise UserError(
-                        f"faults: site grad_weight: the weight of {address.name} is frozen and has no "
-                        "gradient; train with method full, or use site grad_input"
-                    )
-                weight.gradients.append((slot, tally))
-            else:
-                site = self._site(address, outer=slot.outer)
-                place: Faults = getattr(site, slot.spec.site)
-                place.append((slot, tally))
-
-    def _place_quantizer(self, slot: QuantizerSlot) -> None:
-        addresses = self._book.find(slot.spec, "quantization")
-        tally = QuantizerTally(slot, self.replicas)
-        self.quantizer_tallies.append(tally)
-        self.quantizer_sites.append((slot, addresses))
-        for address in addresses:
-            if slot.spec.operands in ("weight", "both"):
-                quantizers = self._weight(address).quantizers
-                self._refuse_second(quantizers, slot, address, "weight")
-                quantizers.append((slot, tally))
-                tally.sites += 1
-            if slot.spec.operands in ("activation", "both"):
-                quantizers = self._site(address, outer=slot.outer).quantizers
-                self._refuse_second(quantizers, slot, address, "activation")
-                quantizers.append((slot, tally))
-                tally.sites += 1
-
-    def _refuse_second(
-        self,
-        there: list[tuple[QuantizerSlot, QuantizerTally]],
-        slot: QuantizerSlot,
-        address: Address,
-        operand: str,
-    ) -> None:
-        for other, _ in there:
-            if set(other.active) & set(slot.active):
-                raise UserError(
-                    f"quantization: the {operand} of {address.name} is quantized twice, as "
-                    f"{other.spec.format} and as {slot.spec.format}; exclude it from one of them"
-                )
-
-    def _place_noise(self, slot: NoiseSlot, layer: int) -> None:
-        for address in self._book.carrier_sites(slot.carrier, layer):
-            self.noise_sites.append((slot, address))
-            if slot.carrier.site == "layer_output":
-                self._site(address, outer=False).noise.append(slot)
-            else:
-                self._weight(address).noise.append(slot)
 
     def quantizer_defects(self) -> dict[int, str]:
         """Return what is wrong with the quantizers of a replica, by replica; see `quantizer_defect`."""
         found: dict[int, str] = {}
         valid = torch.ones(self.replicas, 1, dtype=torch.bool)
-        for slot, addresses in self.quantizer_sites:
+        for slot, addresses, _ in self.layout.quantizers:
             tally = QuantizerTally(slot, self.replicas)
-            site = _Site(addresses[0], addresses[0].module, quantizers=[(slot, tally)])
+            site = Site(addresses[0], addresses[0].module, quantizers=[(slot, tally)])
             ways = {
                 "activation": partial(self._quantize, site),
                 "weight": partial(
@@ -242,11 +97,6 @@ class Injection:
                 for replica in slot.active if defect else ():
                     found.setdefault(replica, f"{slot.spec.format} on {operand}s {defect}")
         return found
-
-    @property
-    def merged(self) -> bool:
-        """Whether adapters are merged into the weights in every pass."""
-        return self._merged
 
     # -- one pass ----------------------------------------------------------------------------------
 
@@ -284,9 +134,9 @@ class Injection:
         )
 
     def __enter__(self) -> Self:
-        for site in self._sites.values():
+        for site in self.layout.sites.values():
             self._attach(site)
-        for weight in self._weights.values():
+        for weight in self.layout.weights.values():
             host = cast(nn.Module, weight.host or weight.module)
             self._replaced.append((host, host.__dict__.get("forward")))
             host.__dict__["forward"] = partial(self._forward, weight)
@@ -320,7 +170,7 @@ class Injection:
         finally:
             self.__enter__()
 
-    def _attach(self, site: _Site) -> None:
+    def _attach(self, site: Site) -> None:
         module = site.module
         if site.grad_input or site.quantizers or site.input:
             self._handles.append(
@@ -334,12 +184,13 @@ class Injection:
     # -- what happens at a site --------------------------------------------------------------------
 
     def _on_input(
-        self, site: _Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         name = "hidden_states"
         given = args[0] if args else kwargs[name]
         x = self._folded(given)
-        for slot, tally in site.grad_input:
+        # The last hook is the first that a gradient meets on its way back.
+        for slot, tally in reversed(site.grad_input):
             x = self.watched(site.address, slot, tally, x)
         if site.quantizers:
             before, x = x, self._quantize(site, x)
@@ -352,12 +203,14 @@ class Injection:
             if self.watch is not None:
                 kind, active = slot.spec.kind, slot.active
                 self.watch.see(site.address, "input", "fault", kind, active, before, x)
+        if site.skips:  # what passes a layer by does not enter it
+            x = _with_rows(x, site.skips, self._folded(given))
         x = self._unfolded(x, given)
         return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, name: x})
 
     def _on_output(
         self,
-        site: _Site,
+        site: Site,
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -384,13 +237,11 @@ class Injection:
             if self.watch is not None:
                 kind, active = fault.spec.kind, fault.active
                 self.watch.see(site.address, "output", "fault", kind, active, before, x)
-        for fault, tally in site.grad_output:
+        for fault, tally in reversed(site.grad_output):
             x = self.watched(site.address, fault, tally, x)
         if site.skips:
             entered = self._folded(args[0] if args else kwargs["hidden_states"])
-            x = x.index_copy(
-                0, torch.tensor(site.skips, device=x.device), entered[list(site.skips)]
-            )
+            x = _with_rows(x, site.skips, entered)
         x = self._unfolded(x, given)
         return (x, *out[1:]) if isinstance(out, tuple) else x
 
@@ -430,7 +281,7 @@ class Injection:
                 tally.count(slot.active)
         return forward_with(site.module, site.variants(self), self.replicas, x)
 
-    def _quantize(self, site: _Site, x: Tensor) -> Tensor:
+    def _quantize(self, site: Site, x: Tensor) -> Tensor:
         """Quantize the input of a product; products that share their input share the work."""
         if self._counting:
             for slot, tally in site.quantizers:
@@ -528,6 +379,11 @@ class Injection:
         x = x.clone() if slot.spec.site == "grad_output" else x.view_as(x)
         x.register_hook(on_gradient)  # type: ignore[no-untyped-call]
         return x
+
+
+def _with_rows(x: Tensor, rows: Sequence[int], source: Tensor) -> Tensor:
+    """Return `x` with some of its rows replaced by those of `source`."""
+    return x.index_copy(0, torch.tensor(rows, device=x.device), source[list(rows)])
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:

@@ -11,7 +11,8 @@ from torch import nn
 
 from aqn_tune.injection.address import Address, AddressBook
 from aqn_tune.injection.fold import Entry, FaultSlot, NoiseSlot, QuantizerSlot
-from aqn_tune.injection.injection import Faults, Injection
+from aqn_tune.injection.injection import Injection
+from aqn_tune.injection.layout import Faults
 from aqn_tune.injection.weights import WeightSite
 
 Where = Literal["input", "weight", "output", "grad_output", "grad_weight", "grad_input"]
@@ -191,8 +192,7 @@ def _acts_of(hook: _Hook, layer: int) -> Iterator[_Act]:
 
 
 def _faults(site: Where, faults: Faults) -> Iterator[_Act]:
-    # A gradient meets what lies nearest to where it comes from first, so the last comes first.
-    for slot, _ in reversed(faults) if site.startswith("grad_") else faults:
+    for slot, _ in faults:
         yield _Act(site, "fault", slot.spec.kind, _fault_parameters(slot))
 
 

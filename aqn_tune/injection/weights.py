@@ -150,7 +150,8 @@ class WeightSite:
         if self.host is not None:
             stored = self.host.merged_weight(replica)
         weight = as_rows(self.module, stored)
-        for slot, tally in self.gradients:
+        # The last hook is the first that a gradient meets on its way back.
+        for slot, tally in reversed(self.gradients):
             if replica in slot.active:
                 weight = context.watched(self.address, slot.alone(replica), tally, weight)
         for noise in self.noise:

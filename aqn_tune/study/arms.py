@@ -34,7 +34,9 @@ class ArmSpec(Spec):
         "faulty (fault-aware training, also where the scenario trains on a healthy device).",
     )
     skip: Literal["faulty"] | Layers | None = Field(
-        None, description="Decoder layers to leave out for good: layers, or 'faulty'."
+        None,
+        description="Decoder layers to leave out for good: layers, or 'faulty'. What is injected into a "
+        "skipped layer reaches nothing.",
     )
     train_layers: Literal["faulty", "healthy"] | Layers = Field(
         "all", description="Decoder layers that are trained: all, faulty, healthy, or layers."

@@ -81,7 +81,7 @@ def audit_run(
     """
     attached = [
         address.name
-        for slot, addresses in injection.fault_sites
+        for slot, addresses, _ in injection.layout.faults
         if replica in slot.active
         for address in addresses
     ]
@@ -90,7 +90,7 @@ def audit_run(
     passes = steps * run.training.gradient_accumulation_steps
     fault_calls, due = _fault_calls(run, injection, book, replica, passes)
     noise_calls = injection.audit.calls[replica]
-    quantizer_calls = sum(int(tally.calls[replica]) for tally in injection.quantizer_tallies)
+    quantizer_calls = sum(int(q.tally.calls[replica]) for q in injection.layout.quantizers)
     measures = injection.audit.measures(replica)
     mismatches: list[str] = []
     for what, got, wanted in (
@@ -125,9 +125,9 @@ def _fault_calls(
     A gradient that reaches a site must meet its fault, and at least one must reach it in every pass:
     nothing flows back into the first layer's input when the embeddings are frozen.
     """
-    got = sum(int(tally.calls[replica]) for tally in injection.tallies)
+    got = sum(int(fault.tally.calls[replica]) for fault in injection.layout.faults)
     due = 0
-    for (slot, addresses), tally in zip(injection.fault_sites, injection.tallies, strict=True):
+    for slot, addresses, tally in injection.layout.faults:
         if replica not in slot.active:
             continue
         if slot.spec.site in GRADIENT_SITES:

@@ -169,10 +169,10 @@ def _run_fold(
             exact[index] / len(data.tokens),
             tuple(
                 tally.measure(index)
-                for (slot, _), tally in zip(injection.fault_sites, injection.tallies, strict=True)
+                for slot, _, tally in injection.layout.faults
                 if index in slot.active
             ),
-            tuple(m for tally in injection.quantizer_tallies for m in tally.measures(index)),
+            tuple(m for q in injection.layout.quantizers for m in q.tally.measures(index)),
             _disagreement(injection, index, one, batch_number, math.isfinite(loss)),
         )
 
@@ -181,7 +181,7 @@ def _disagreement(injection: Injection, index: int, one: _Pass, batches: int, fi
     """Return how what the device did disagrees with the condition, "" when it does not."""
     condition = one.condition
     name = f"evaluation audit: condition {condition.name!r} {condition.scenario}".rstrip()
-    for (slot, addresses), tally in zip(injection.fault_sites, injection.tallies, strict=True):
+    for slot, addresses, tally in injection.layout.faults:
         kind, active = slot.spec.kind, index in slot.active
         changed = float(tally.affected[index]) > 0 or float(tally.error_energy[index]) > 0
         wanted = batches * len(addresses) if active else 0
@@ -189,36 +189,38 @@ def _disagreement(injection: Injection, index: int, one: _Pass, batches: int, fi
             return f"{name}: {kind} was in place {int(tally.calls[index])} times of {wanted}"
         if changed and not active:
             return f"{name}: {kind} acted, though it is not declared"
-    for quantizer in injection.quantizer_tallies:
-        wanted = batches * quantizer.sites if index in quantizer.slot.active else 0
-        got = int(quantizer.calls[index])
+    for quantizer in injection.layout.quantizers:
+        wanted = batches * quantizer.tally.sites if index in quantizer.slot.active else 0
+        got = int(quantizer.tally.calls[index])
         if got != wanted:
             return f"{name}: {quantizer.slot.spec.format} quantized {got} operands of {wanted}"
-        if index in quantizer.strayed:
+        if index in quantizer.tally.strayed:
             return f"{name}: {quantizer.slot.spec.format} acted, though it is not declared"
     defects = injection.quantizer_defects()
     if index in defects:
         return f"{name}: {defects[index]}"
-    if injection.noise_sites:
+    if injection.layout.noise:
         return f"{name}: training noise is on"
-    if injection.merged != (condition.device.deploy == "merged"):
-        deployed = "merged" if injection.merged else "unmerged"
+    if injection.layout.is_merged != (condition.device.deploy == "merged"):
+        deployed = "merged" if injection.layout.is_merged else "unmerged"
         return f"{name}: adapters are {deployed}, declared is {condition.device.deploy}"
-    formats = [t.slot.spec.format for t in injection.quantizer_tallies if index in t.slot.active]
+    formats = [
+        slot.spec.format for slot, _, _ in injection.layout.quantizers if index in slot.active
+    ]
     if len(formats) != len(condition.device.quantization):
         return (
             f"{name} declares {len(condition.device.quantization)} quantizers, "
             f"{len(formats)} are attached"
         )
     declared = [f for f in condition.device.faults if not f.is_off() and not f.may_rest()]
-    attached = [slot.spec for slot, _ in injection.fault_sites if index in slot.active]
+    attached = [slot.spec for slot, _, _ in injection.layout.faults if index in slot.active]
     if len(attached) != len(condition.device.faults):
         return (
             f"{name} declares {len(condition.device.faults)} faults, {len(attached)} are attached"
         )
     acted = sum(
         float(tally.affected[index]) > 0 or float(tally.error_energy[index]) > 0
-        for (slot, _), tally in zip(injection.fault_sites, injection.tallies, strict=True)
+        for slot, _, tally in injection.layout.faults
         if index in slot.active and not slot.spec.may_rest()
     )
     if finite and acted < len(declared):

@@ -320,7 +320,7 @@ class ReplicaPack:
 
     def state(self) -> PackState:
         """Return everything that `restore` needs; random numbers are keyed and need no state."""
-        audit = self.injection.audit
+        audit, layout = self.injection.audit, self.injection.layout
         return PackState(
             step=self.step,
             rows=[self.arena.state(replica) for replica in range(len(self.runs))],
@@ -328,9 +328,9 @@ class ReplicaPack:
             failures=self.failures,
             noise_calls=audit.calls,
             noise_sums=audit.sums,
-            fault_calls=[tally.calls.tolist() for tally in self.injection.tallies],
-            gradients_due=[tally.due.tolist() for tally in self.injection.tallies],
-            quantizer_calls=[tally.calls.tolist() for tally in self.injection.quantizer_tallies],
+            fault_calls=[fault.tally.calls.tolist() for fault in layout.faults],
+            gradients_due=[fault.tally.due.tolist() for fault in layout.faults],
+            quantizer_calls=[placed.tally.calls.tolist() for placed in layout.quantizers],
             seconds=self.seconds,
             observations=[[one.model_dump_json() for one in seen] for seen in self.observations],
         )
@@ -348,14 +348,13 @@ class ReplicaPack:
             self.arena.restore(replica, row)
         self.injection.audit.calls = state.noise_calls
         self.injection.audit.sums = state.noise_sums
-        for tally, calls, due in zip(
-            self.injection.tallies, state.fault_calls, state.gradients_due, strict=True
+        layout = self.injection.layout
+        for fault, calls, due in zip(
+            layout.faults, state.fault_calls, state.gradients_due, strict=True
         ):
-            tally.calls, tally.due = torch.tensor(calls), torch.tensor(due)
-        for quantizer, calls in zip(
-            self.injection.quantizer_tallies, state.quantizer_calls, strict=True
-        ):
-            quantizer.calls = torch.tensor(calls)
+            fault.tally.calls, fault.tally.due = torch.tensor(calls), torch.tensor(due)
+        for placed, calls in zip(layout.quantizers, state.quantizer_calls, strict=True):
+            placed.tally.calls = torch.tensor(calls)
 
 
 def _hash_of(tensors: Mapping[str, Tensor]) -> str:
