@@ -210,16 +210,18 @@ class NoiseAudit:
         plain: Tensor,
         noised: Tensor,
     ) -> None:
-        """Record one injection of noise: the quantity without and with it."""
+        """Record one injection of noise: the quantity without and with it, both without gradient.
+
+        Where the scale is 0 or NaN there is nothing to measure.
+        """
         scale = declared_scale(carrier, plain)
         keep = scale > 0
-        self.add(replica, layer, scheduled, (noised - plain)[keep] / scale[keep])
-
-    def add(self, replica: int, layer: int, scheduled: float, noise: Tensor) -> None:
-        """Record the measured noise of one site call; `noise` holds (noised - plain) / scale."""
+        count = int(torch.count_nonzero(keep))
+        noise = (noised - plain).div_(scale)
+        if count < keep.numel():
+            noise.masked_fill_(~keep, 0.0)
+        squares = float(torch.linalg.vector_norm(noise, dtype=torch.float64)) ** 2
         record = self.sums[replica].setdefault(layer, [0.0, 0.0, 0.0, 0.0])
-        count = noise.numel()
-        squares = float(noise.double().square().sum())
         record[0] += 1
         record[1] += count
         record[2] += count * scheduled**2

@@ -16,6 +16,16 @@ class _Slice(NamedTuple):
     shape: torch.Size
 
 
+class _Owned(NamedTuple):
+    """A parameter of the model that lives in the arena."""
+
+    parameter: nn.Parameter
+    address: int
+    """Where its memory begins."""
+    gradient: Tensor
+    """The part of the arena's gradients that is its own, [K, *shape]."""
+
+
 class Arena:
     """Weights, gradients and AdamW state of K replicas.
 
@@ -35,7 +45,7 @@ class Arena:
         self.weights = torch.zeros(replicas, size, dtype=dtype)
         self.gradients = torch.zeros(replicas, size, dtype=dtype)
         self.optimizers: list[torch.optim.AdamW] = []
-        self._parameters: dict[str, nn.Parameter] = {}
+        self._owned: list[_Owned] = []
         self._trained: dict[int, Tensor] = {}
 
     def names(self) -> tuple[str, ...]:
@@ -53,15 +63,13 @@ class Arena:
 
     def adopt(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
         """Collect the gradient of `parameter`, [K, *shape] or for K = 1 [*shape], under `name`."""
-        self._parameters[name] = parameter
+        address = self.view(self.weights, name).data_ptr()
+        self._owned.append(_Owned(parameter, address, self.view(self.gradients, name)))
         return parameter
 
     def holds_its_parameters(self) -> bool:
         """Return whether the model still computes with the arena's memory, not with a copy of it."""
-        return all(
-            parameter.data_ptr() == self.view(self.weights, name).data_ptr()
-            for name, parameter in self._parameters.items()
-        )
+        return all(owned.parameter.data_ptr() == owned.address for owned in self._owned)
 
     def freeze(self, replica: int, names: Sequence[str]) -> None:
         """Keep the tensors `names` of one replica as they are: no update and no weight decay."""
@@ -83,13 +91,13 @@ class Arena:
     def collect_gradients(self) -> None:
         """Move the gradients of the last backward pass into the arena."""
         targets, sources = [], []
-        for name, parameter in self._parameters.items():
-            target = self.view(self.gradients, name)
-            if parameter.grad is None:
+        for parameter, _, target in self._owned:
+            gradient = parameter.grad
+            if gradient is None:
                 target.zero_()
                 continue
             targets.append(target)
-            sources.append(parameter.grad.view_as(target))
+            sources.append(gradient.view_as(target))
             parameter.grad = None
         torch._foreach_copy_(targets, sources)
 

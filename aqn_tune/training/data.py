@@ -75,8 +75,9 @@ def answer_logits(model: torch.nn.Module, batch: TokenSet) -> Tensor:
     return logits
 
 
-def token_loss(logits: Tensor, batch: TokenSet) -> TokenLoss:
-    """Return the answer cross-entropy of each row, in nats; in float32 for logits of fewer bits."""
+def answer_loss(logits: Tensor, batch: TokenSet) -> Tensor:
+    """Return the summed answer cross-entropy of each row [rows], in nats; in float32 for logits of
+    fewer bits."""
     predicted = logits[:, :-1]
     if predicted.dtype not in (torch.float32, torch.float64):
         predicted = predicted.float()
@@ -85,6 +86,12 @@ def token_loss(logits: Tensor, batch: TokenSet) -> TokenLoss:
     losses = torch.nn.functional.cross_entropy(
         predicted.flatten(0, 1), target.flatten(), reduction="none"
     ).view(target.shape)
-    total = torch.where(mask, losses, torch.zeros((), dtype=losses.dtype)).sum(dim=1)
-    exact = ((predicted.argmax(dim=2) == target) | ~mask).all(dim=1)
-    return TokenLoss(total, mask.sum(dim=1), exact)
+    return torch.where(mask, losses, torch.zeros((), dtype=losses.dtype)).sum(dim=1)
+
+
+def token_loss(logits: Tensor, batch: TokenSet) -> TokenLoss:
+    """Return loss and accuracy of each row."""
+    target = batch.tokens[:, batch.first + 1 :]
+    mask = batch.answer[:, batch.first + 1 :]
+    exact = ((logits[:, :-1].argmax(dim=2) == target) | ~mask).all(dim=1)
+    return TokenLoss(answer_loss(logits, batch), mask.sum(dim=1), exact)

@@ -48,9 +48,13 @@ class ReplicaLinear(nn.Module):
         a, b = a.to(x.dtype), b.to(x.dtype)
         folded = x.reshape(a.shape[0], -1, x.shape[-1])
         y: Tensor = self.base_layer(folded)
-        # In place: the frozen layer's backward pass needs its input only, and a copy of every
-        # projection is a tenth of a training step.
-        y.baddbmm_(torch.bmm(folded, a), b, alpha=self.scaling)
+        inner = torch.bmm(folded, a)
+        if y._base is None:
+            # In place: the frozen layer's backward pass needs its input only, and a copy of every
+            # projection is a tenth of a training step.
+            y.baddbmm_(inner, b, alpha=self.scaling)
+        else:  # A bias makes it a view, behind which autograd would copy twice.
+            y = torch.baddbmm(y, inner, b, alpha=self.scaling)
         return y.view(*x.shape[:-1], -1)
 
     def merged_weight(self, fold: int) -> Tensor:

@@ -22,7 +22,7 @@ from aqn_tune.study.seeds import stream_seed
 from aqn_tune.study.training import Full, Lora
 from aqn_tune.training.arena import Arena
 from aqn_tune.training.audit import audit_run, is_audited, layers_without_gradient
-from aqn_tune.training.data import TokenSet, answer_logits, token_loss
+from aqn_tune.training.data import TokenSet, answer_logits, answer_loss
 from aqn_tune.training.learning_rate import learning_rate
 from aqn_tune.training.lora import (
     ReplicaLinear,
@@ -257,8 +257,8 @@ class ReplicaPack:
     def _replica_totals(self, batch: TokenSet) -> list[Tensor]:
         """Return the summed loss of each replica; reduced one by one: a sum over a [K, B] block may
         order its terms by K."""
-        result = token_loss(answer_logits(self.model, batch), batch)
-        return [total.sum() for total in result.total.chunk(len(self.runs))]
+        totals = answer_loss(answer_logits(self.model, batch), batch)
+        return [total.sum() for total in totals.chunk(len(self.runs))]
 
     def _first_nonfinite(self, replica: int) -> str:
         microbatch = self._microbatches()[0]
