@@ -518,7 +518,7 @@ def arithmetic(workload: Workload, replicas: int, folder: Path, steps: int) -> A
     runs = configs(workload, 10 * steps + 10, replicas)[0]
     model = build_model(prepared.spec, prepared.base)
     pack = ReplicaPack(model, runs, prepared.data)
-    shapes = [(each.base_layer.in_features, each.base_layer.out_features) for each in pack.linears]
+    shapes = [(each.base_layer.in_features, each.base_layer.out_features) for each in pack.folded]
     warm = steps + 3  # beyond the steps without noise
     pack.train_to(warm)
     times = []

@@ -382,7 +382,9 @@ def swapping(how: str) -> Call:
         if how == "rebound":
             parameter.data = weight.detach()
         else:
-            parameter.data.copy_(weight.detach())
+            # An evaluation holds a row of a stacked weight for each condition; the first will do.
+            own = weight.detach().flatten()[: parameter.numel()]
+            parameter.data.copy_(own.view_as(parameter))
         out: Tensor = type(module).forward(module, x)
         return out
 

@@ -170,7 +170,7 @@ def test_12_adapters_merged_before_a_quantized_evaluation(
     assert sound(folder, plain).losses["faulty"] == losses[unmerged]
 
     def merging(pack: ReplicaPack, *given: Any, **rest: Any) -> Iterator[Evaluated]:
-        for linear in pack.linears:
+        for linear in pack.folded:
             linear.base_layer.weight.data.copy_(linear.merged_weight(0).detach())
             linear.lora_b.data.zero_()
         return evaluate_module.evaluate(pack, *given, **rest)

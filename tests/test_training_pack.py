@@ -116,21 +116,23 @@ def true_float64_rmsnorm(self, hidden_states):
 
 
 def oracle_losses(folder: Path, run: Run, steps: int) -> list[float]:
-    """Train `run` with transformers and peft in float64, sharing no code with the pack but the draws."""
+    """Train `run` with transformers and, for LoRA, peft in float64, sharing only the draws with the pack."""
     from peft import LoraConfig, get_peft_model
 
     setting = tiny_setting(folder, dtype="float64")
     tokenizer = load_tokenizer(setting.model)
     spec = run.training
-    config = LoraConfig(
-        r=spec.method.rank,
-        lora_alpha=spec.method.alpha,
-        target_modules=list(spec.method.target_modules),
-    )
     with torch.random.fork_rng():
-        model = get_peft_model(
-            build_model(setting.model), config, autocast_adapter_dtype=False
-        ).double()
+        model = build_model(setting.model)
+        if spec.method.kind == "lora":
+            config = LoraConfig(
+                r=spec.method.rank,
+                lora_alpha=spec.method.alpha,
+                target_modules=list(spec.method.target_modules),
+            )
+            model = get_peft_model(model, config, autocast_adapter_dtype=False).double()
+        else:
+            model.requires_grad_(True)
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
             site = name.removeprefix("base_model.model.").removesuffix(".lora_A.default.weight")

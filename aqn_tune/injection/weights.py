@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,14 @@ class Mergeable(Protocol):
         """Return the weight [out, in] with the adapter of one fold merged in."""
 
 
+@runtime_checkable
+class HoldsReplicas(Protocol):
+    """A module whose parameters have one row per replica: full fine-tuning in lockstep."""
+
+    def stored(self, name: str) -> Tensor | None:
+        """Return a parameter with one row per fold of the pass, [F, *shape]."""
+
+
 class Variant(NamedTuple):
     """One version of a weight, and the neighbouring replicas that compute with it."""
 
@@ -34,7 +42,7 @@ class Variant(NamedTuple):
     last: int
     """Replicas `first` to `last` - 1."""
     weight: Tensor
-    """In the parameter's own shape."""
+    """In the parameter's own shape; where the module holds replicas, with one row for each."""
 
 
 class PassContext(Protocol):
@@ -103,11 +111,18 @@ class WeightSite:
         """The parameter itself, also while a version hides it."""
         return cast(nn.Parameter, self.module._parameters["weight"])
 
+    @cached_property
+    def _holds_replicas(self) -> bool:
+        return isinstance(self.module, HoldsReplicas)
+
     def variants(self, context: PassContext) -> list[Variant]:
         """Return the versions of this pass, in the order of the replicas."""
         if self._pass == context.number or (self._variants and self.is_fixed(context)):
             return self._variants
         self._pass = context.number
+        if self._holds_replicas:
+            self._variants = [Variant(0, self.replicas, self._rows_version(context))]
+            return self._variants
         if self.replicas == 1:
             self._variants = [Variant(0, 1, self._version([0], context))]
             return self._variants
@@ -180,6 +195,28 @@ class WeightSite:
                 )
                 total.absorb(own, alike)
         return from_rows(self.module, weight).reshape(stored.shape)
+
+    def _rows_version(self, context: PassContext) -> Tensor:
+        """Return the weights of all folds of a module that holds replicas, each with what it declares."""
+        stored = cast(HoldsReplicas, self.module).stored("weight")
+        assert stored is not None
+        is_turned = isinstance(self.module, Conv1D)
+        rows = stored.unsqueeze(1) if stored.dim() == 2 else stored
+        weight = rows.transpose(1, 2) if is_turned else rows
+        for slot, tally in reversed(self.gradients):
+            weight = context.watched(self.address, slot, tally, weight)
+        for noise in self.noise:
+            weight = context.noised(self.address, noise, weight, range(self.replicas))
+        valid = torch.ones(*weight.shape[:2], 1, dtype=torch.bool, device=weight.device)
+        for slot, tally in self.faults:
+            draws_of = partial(context.draws, self.address)
+            weight = apply_fault(slot, weight, valid, draws_of, tally if context.measures else None)
+        for quantizer, total in self.quantizers:
+            measured = total if context.measures else None
+            weight = apply_quantizer(
+                quantizer, weight, valid, "weight", self.address.layer, measured
+            )
+        return (weight.transpose(1, 2) if is_turned else weight).reshape(stored.shape)
 
 
 def as_rows(module: nn.Module, weight: Tensor) -> Tensor:

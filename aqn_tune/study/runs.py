@@ -17,7 +17,7 @@ from aqn_tune.tasks import Task
 
 Split = Literal["validation", "test"]
 ConditionName = Literal["clean", "faulty"]
-TRAINING_FORMAT = 2
+TRAINING_FORMAT = 3
 """Part of every training key: raised when the same specification would train differently."""
 
 
@@ -124,6 +124,5 @@ def pack_key(run: Run) -> str:
     return content_hash(
         {
             "training": run.training.model_dump(mode="json", exclude=free),
-            "full": run.seed if run.training.method.kind == "full" else None,
         }
     )

@@ -25,7 +25,7 @@ class Lora(Spec):
 
 
 class Full(Spec):
-    """All parameters are trained. Replicates advance one after another, each with a model of its own."""
+    """All parameters are trained, those of each replicate its own."""
 
     kind: Literal["full"] = "full"
 

@@ -20,6 +20,7 @@ from aqn_tune.training.data import TokenSet, load_tokens
 from aqn_tune.training.evaluate import Evaluated, evaluate
 from aqn_tune.training.export import export_adapter, export_full
 from aqn_tune.training.pack import PackState, ReplicaPack
+from aqn_tune.training.stacked import obstacle
 
 
 @functools.lru_cache(maxsize=8)
@@ -49,8 +50,9 @@ class TorchPack:
         self._eval_seconds = 0.0
         self._reported_step = 0
         self._reported_seconds = 0.0
-        lora = pack.runs[0].training.method.kind == "lora"
-        groups: list[tuple[Run, ...]] = [pack.runs] if lora else [(run,) for run in pack.runs]
+        full = pack.runs[0].training.method.kind == "full"
+        blocked = obstacle(build_model(setting.model, base)) if full else None
+        groups: list[tuple[Run, ...]] = [(run,) for run in pack.runs] if blocked else [pack.runs]
         train = self._split("train")
         self._members = [
             ReplicaPack(build_model(setting.model, base), group, train) for group in groups

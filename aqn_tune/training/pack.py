@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +19,19 @@ from aqn_tune.injection.nonfinite import first_nonfinite
 from aqn_tune.ledger.rows import Audit, Observation
 from aqn_tune.study.runs import Run
 from aqn_tune.study.seeds import stream_seed
-from aqn_tune.study.training import Full, Lora
+from aqn_tune.study.training import Lora
 from aqn_tune.training.arena import Arena
 from aqn_tune.training.audit import audit_run, is_audited, layers_without_gradient
 from aqn_tune.training.data import TokenSet, answer_logits, answer_loss
 from aqn_tune.training.learning_rate import learning_rate
 from aqn_tune.training.lora import (
-    ReplicaLinear,
     adapter_shapes,
     adapter_sites,
     attach_adapters,
     initialise_adapters,
 )
 from aqn_tune.training.mechanism import Mechanism
+from aqn_tune.training.stacked import obstacle, stack
 from aqn_tune.training.streams import BatchOrder
 
 
@@ -52,8 +52,14 @@ class PackState(NamedTuple):
     """What was seen of each replica, as JSON."""
 
 
+class Folded(Protocol):
+    """A module that holds something of each replica, and is told which replica fills which fold."""
+
+    replica_of_fold: Tensor | None
+
+
 class ReplicaPack:
-    """K runs in training on one model: base frozen and shared (LoRA), or K = 1 (full fine-tuning).
+    """K runs in training on one model: base frozen and shared (LoRA), or K stacked models (full).
 
     The replica axis is folded into the batch: the unchanged Hugging Face model sees [K * B, T]. Every
     reduction stays inside a replica, so a run in a pack equals the same run alone: bit for bit on a
@@ -74,7 +80,8 @@ class ReplicaPack:
         self.failures: dict[int, str] = {}
         self.train_losses: list[list[float]] = [[] for _ in runs]
         self.book = AddressBook(model)
-        self.linears: list[ReplicaLinear] = []
+        self.folded: Sequence[Folded] = []
+        """The modules that hold something of each replica."""
         spec = runs[0].training
         self._order = BatchOrder(len(data.tokens), spec.batch_size)
         # Adapters of a bfloat16 model are trained in float32, as peft does: small updates would be lost.
@@ -86,9 +93,9 @@ class ReplicaPack:
             self.arena = Arena(shapes, len(runs), dtype)
             initialise_adapters(self.arena, sites, spec.method.rank, [run.seed for run in runs])
             self.frozen = dict(model.named_parameters())
-            self.linears = attach_adapters(model, self.arena, sites, spec.method)
+            self.folded = attach_adapters(model, self.arena, sites, spec.method)
         else:
-            self.arena = self._full_arena(spec.method, stored)
+            self.arena = self._full_arena(stored)
             self.frozen = {}
         if spec.gradient_checkpointing:
             model.activation_checkpointing_enable(  # type: ignore[operator]
@@ -125,13 +132,16 @@ class ReplicaPack:
             if not name.startswith(prefixes) and (name.startswith(inside) or not run.train_rest)
         ]
 
-    def _full_arena(self, method: Full, dtype: torch.dtype) -> Arena:
-        if len(self.runs) != 1:
-            raise ValueError(
-                f"{method.kind} fine-tuning takes one run per pack, got {len(self.runs)}"
-            )
+    def _full_arena(self, dtype: torch.dtype) -> Arena:
         parameters = dict(self.model.named_parameters())
-        arena = Arena({name: p.shape for name, p in parameters.items()}, 1, dtype)
+        shapes = {name: p.shape for name, p in parameters.items()}
+        arena = Arena(shapes, len(self.runs), dtype)
+        blocked = obstacle(self.model)
+        if blocked is None:
+            self.folded = stack(self.model, arena)
+            return arena
+        if len(self.runs) > 1:
+            raise ValueError(f"this model takes one run per pack: {blocked}")
         for name, parameter in parameters.items():
             view = arena.view(arena.weights, name)[0]
             view.copy_(parameter.detach())
@@ -152,7 +162,7 @@ class ReplicaPack:
         self.seconds += time.perf_counter() - started
 
     def _train_step(self) -> None:
-        before = None if self.frozen else self.arena.weights.clone()
+        before = self.arena.weights.clone() if self._guards_weights() else None
         losses = self._losses_and_gradients()
         self.arena.collect_gradients()
         self._observe()
@@ -162,10 +172,14 @@ class ReplicaPack:
                     self.book, self.arena, replica, self.runs[replica]
                 ):
                     self._fail(replica, f"gradient audit: layer {layer} gets no gradient")
-        if before is not None and not (
-            self.arena.holds_its_parameters() and torch.equal(before, self.arena.weights)
-        ):
-            self._fail(0, f"weight audit: weights changed before the update of step {self.step}")
+        if before is not None:
+            held = self.arena.holds_its_parameters()
+            for replica, (was, now) in enumerate(zip(before, self.arena.weights, strict=True)):
+                if not (held and torch.equal(was, now)):
+                    self._fail(
+                        replica,
+                        f"weight audit: weights changed before the update of step {self.step}",
+                    )
         for replica, run in enumerate(self.runs):
             if replica in self.failures:
                 continue
@@ -273,6 +287,13 @@ class ReplicaPack:
     def _seed_of(self, replica: int, path: tuple[str | int, ...]) -> int:
         stream, *place = path
         return stream_seed(self.runs[replica].seed, stream, self.step, *place)
+
+    def _guards_weights(self) -> bool:
+        """Return whether this step watches that nothing but the update changes a trained weight.
+
+        A copy of all weights is dear; noise that is written into them shows where noise begins and ends.
+        """
+        return not self.frozen and (self.step == 0 or bool(self._audited(self.step)))
 
     def _audited(self, step: int) -> frozenset[int]:
         """Return the living replicas whose noise is measured in this step."""

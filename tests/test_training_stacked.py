@@ -1,0 +1,255 @@
+"""Full fine-tuning in lockstep: a run in a pack is the run alone, and is what transformers would train."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_injection_models import ARCHITECTURES, build
+from test_training_pack import oracle_losses, true_float64_rmsnorm
+from tiny import CLEAN, noise, one_pack, save_tiny_model, tiny_setting, tiny_training
+from torch import nn
+
+from aqn_tune.faults import BitFlip, DeadZone, RelativeGaussian
+from aqn_tune.faults.base import GRADIENT_SITES
+from aqn_tune.models.load import build_model, load_tokenizer
+from aqn_tune.quantization import MXFP4
+from aqn_tune.study.device import Device
+from aqn_tune.study.runs import Condition, Run, pack_key
+from aqn_tune.training.arena import Arena
+from aqn_tune.training.data import TokenSet, load_tokens
+from aqn_tune.training.engine import ENGINE
+from aqn_tune.training.evaluate import evaluate
+from aqn_tune.training.pack import ReplicaPack
+from aqn_tune.training.stacked import Stacked, obstacle, stack
+
+torch.set_num_threads(1)
+
+STEPS = 8
+TRAINING = tiny_training(steps=STEPS, warmup_steps=1, method={"kind": "full"}, learning_rate=1e-3)
+DEAD = DeadZone(layers=(1,), threshold=0.2, reference="tensor_max")
+FAULTY = Condition(name="faulty", scenario="s", device=Device(faults=(DEAD,)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def full_run(
+    seed: int,
+    *faults: Any,
+    policy: dict[str, Any] | None = None,
+    quantized: tuple[Any, ...] = (),
+    train_layers: tuple[int, ...] | None = None,
+    steps: int = STEPS,
+    **changes: Any,
+) -> Run:
+    training = TRAINING.model_copy(update={"steps": steps, **changes})
+    device = Device(faults=faults, quantization=quantized).resolved(4, weights_trained=True)
+    forward = tuple(fault for fault in device.faults if fault.site not in GRADIENT_SITES)
+    met = device.model_copy(update={"faults": tuple(f for f in forward if not f.is_off())})
+    own = (Condition(name="faulty", scenario="t", device=met),)
+    return Run(
+        training=training,
+        device=device,
+        noise=noise(training, policy) if policy else None,
+        train_layers=train_layers,
+        seed=seed,
+        conditions=(CLEAN, FAULTY, *own) if own[0].device.faults or quantized else (CLEAN, FAULTY),
+    )
+
+
+def mixed_runs() -> list[Run]:
+    """Runs that differ in everything that may differ inside a pack, the weights' part above all."""
+    flips = BitFlip(layers=(0, 2), modules=("linear",), site="weight", rate=1e-3, bits="mantissa")
+    erring_norm = RelativeGaussian(
+        layers=(1,), modules=("input_layernorm",), site="weight", scale=0.05
+    )
+    backward = RelativeGaussian(layers=(2,), scale=0.0, backward_scale=0.05)
+    constant = {"kind": "constant", "sigma": 0.02}
+    return [
+        full_run(2),
+        full_run(2, DEAD),
+        full_run(2, DEAD, policy={"targeting": "global"}),
+        full_run(4, DEAD, policy={"carrier": "rmsnorm_weight", "schedule": constant}),
+        full_run(4, flips, learning_rate=5e-4),
+        full_run(6, erring_norm, policy={"carrier": "linear_weight", "schedule": constant}),
+        full_run(6, quantized=(MXFP4(),), train_layers=(1, 3)),
+        full_run(8, backward, weight_decay=0.1),
+    ]
+
+
+def train(
+    folder: Path, runs: list[Run], *, dtype: str = "float32", steps: int = STEPS
+) -> ReplicaPack:
+    setting = tiny_setting(folder, dtype=dtype)
+    data = load_tokens(load_tokenizer(setting.model), setting.task.splits().train, 64)
+    pack = ReplicaPack(build_model(setting.model), runs, data)
+    pack.train_to(steps)
+    return pack
+
+
+def tokens_of(folder: Path) -> TokenSet:
+    setting = tiny_setting(folder)
+    return load_tokens(load_tokenizer(setting.model), setting.task.splits().test, 64)
+
+
+def test_a_run_in_a_pack_equals_the_run_alone_bit_for_bit(folder: Path) -> None:
+    runs = mixed_runs()
+    together = train(folder, runs)
+    assert not together.failures
+    data = tokens_of(folder)
+    evaluated = list(evaluate(together, data, 16, stream="test"))
+    assert not [one.error for one in evaluated if one.error]
+    for index, run in enumerate(runs):
+        alone = train(folder, [run])
+        assert alone.train_losses[0] == together.train_losses[index], index
+        assert torch.equal(alone.arena.weights[0], together.arena.weights[index]), index
+        assert alone.audit(0) == together.audit(index), index
+        mine = [one for one in evaluated if one.replica == index]
+        assert [one._replace(replica=0) for one in mine] == list(
+            evaluate(alone, data, 16, stream="test")
+        )
+    assert not together.failures
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_a_pack_equals_transformers_in_float64(
+    folder: Path, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To 1e-9 over 20 steps, loss by loss."""
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+    monkeypatch.setattr(Qwen2RMSNorm, "forward", true_float64_rmsnorm)
+    runs = [
+        full_run(2, DEAD, steps=20),
+        full_run(4, DEAD, steps=20, policy={"targeting": "global"}),
+        full_run(6, DEAD, steps=20, policy={"carrier": "rmsnorm_weight"}, learning_rate=5e-4),
+    ]
+    pack = train(folder, runs, dtype="float64", steps=20)
+    expected = oracle_losses(folder, runs[index], 20)
+    assert pack.train_losses[index] == pytest.approx(expected, rel=0, abs=1e-9)
+
+
+def test_a_diverging_neighbour_fails_alone(folder: Path) -> None:
+    run = mixed_runs()[2]
+    wild = run.model_copy(update={"training": TRAINING.model_copy(update={"learning_rate": 1e38})})
+    pack = train(folder, [wild, run])
+    assert list(pack.failures) == [0]
+    assert pack.train_losses[1] == train(folder, [run]).train_losses[0]
+
+
+def test_seeds_of_a_config_share_a_pack_and_train_apart(folder: Path) -> None:
+    setting = tiny_setting(folder)
+    runs = [full_run(seed, DEAD) for seed in (2, 4)]
+    assert len({pack_key(run) for run in runs}) == 1
+    report = ENGINE.open_pack(
+        one_pack(*runs, rungs=(STEPS,)), setting, ENGINE.load_base(setting)
+    ).advance()
+    assert [row.status for row in report.trainings] == ["finished", "finished"]
+    assert report.trainings[0].train_losses != report.trainings[1].train_losses
+
+
+def test_a_weight_changed_by_anything_but_the_update_fails_its_own_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise written into a stacked weight and left there, in one replica of two."""
+    losses = ReplicaPack._losses_and_gradients
+
+    def leaves_noise(self: ReplicaPack, *args: Any) -> list[float]:
+        out = losses(self, *args)
+        self.arena.weights.data[1, :5] += 0.01
+        return out
+
+    monkeypatch.setattr(ReplicaPack, "_losses_and_gradients", leaves_noise)
+    pack = train(folder, [full_run(2), full_run(4)])
+    assert pack.failures == {1: "weight audit: weights changed before the update of step 0"}
+
+
+# -- architectures ---------------------------------------------------------------------------------
+
+
+def stacked_copy(model: nn.Module, replicas: int) -> tuple[nn.Module, Arena]:
+    """Return a stacked copy whose replica k has every weight scaled by 1 + k / 10."""
+    twin = copy.deepcopy(model)
+    shapes = {name: parameter.shape for name, parameter in twin.named_parameters()}
+    arena = Arena(shapes, replicas, torch.float64)
+    stack(twin, arena)
+    for replica in range(replicas):
+        arena.weights[replica] *= 1 + replica / 10
+    return twin, arena
+
+
+def loss_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=ids).logits
+    return logits.square().mean(dim=(1, 2))
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "gpt2"])
+def test_a_stacked_model_computes_what_its_replicas_would(name: str) -> None:
+    """Outputs and gradients in float64, for every family of models."""
+    base = build(name)
+    assert obstacle(base) is None
+    twin, arena = stacked_copy(base, 3)
+    ids = torch.randint(0, 64, (3 * 2, 8), generator=torch.Generator().manual_seed(5))
+    got = loss_of(twin, ids)
+    got.sum().backward()
+    arena.collect_gradients()
+    for replica in range(3):
+        alone = copy.deepcopy(base).requires_grad_(True)
+        with torch.no_grad():
+            for parameter in alone.parameters():
+                parameter *= 1 + replica / 10
+        wanted = loss_of(alone, ids[2 * replica : 2 * replica + 2])
+        wanted.sum().backward()
+        assert torch.allclose(got[2 * replica : 2 * replica + 2], wanted, rtol=1e-9, atol=0)
+        for parameter_name, parameter in alone.named_parameters():
+            mine = arena.view(arena.gradients, parameter_name)[replica]
+            assert torch.allclose(mine, parameter.grad, rtol=1e-7, atol=1e-12), parameter_name
+
+
+def test_a_replica_may_fill_several_folds() -> None:
+    twin, _ = stacked_copy(build("qwen2"), 2)
+    ids = torch.randint(0, 64, (2, 8), generator=torch.Generator().manual_seed(5))
+    first, second = loss_of(twin, ids.repeat(2, 1)).chunk(2)
+    for module in twin.modules():
+        if isinstance(module, Stacked):
+            module.replica_of_fold = torch.tensor([1, 0, 1])
+    assert torch.equal(loss_of(twin, ids.repeat(3, 1)), torch.cat([second, first, second]))
+
+
+class Odd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2))
+
+
+def with_(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    model.add_module(name, module)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            lambda: build("gpt2"),
+            "transformer.wpe embeds something other than the tokens of its rows",
+        ),
+        (
+            lambda: with_(build("qwen2"), "odd", Odd()),
+            "odd is a Odd, which has no stacked form",
+        ),
+        (
+            lambda: with_(build("qwen2"), "conv", nn.Conv1d(2, 2, 1)),
+            "conv is a Conv1d, which has no stacked form",
+        ),
+    ],
+    ids=["positions", "own parameter", "convolution"],
+)
+def test_what_cannot_be_stacked_is_named(model: Any, message: str) -> None:
+    assert str(obstacle(model())) == message
