@@ -382,8 +382,8 @@ def swapping(how: str) -> Call:
         if how == "rebound":
             parameter.data = weight.detach()
         else:
-            # An evaluation holds a row of a stacked weight for each condition; the first will do.
-            own = weight.detach().flatten()[: parameter.numel()]
+            # An evaluation holds a row of a stacked weight for each condition, the faulty one last.
+            own = weight.detach().flatten()[-parameter.numel() :]
             parameter.data.copy_(own.view_as(parameter))
         out: Tensor = type(module).forward(module, x)
         return out

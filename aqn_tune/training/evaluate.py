@@ -145,7 +145,7 @@ def _run_fold(
     exact = [0] * folds
     replica_of_fold = torch.tensor([p.replica for p in fold])
     try:
-        for linear in pack.linears:
+        for linear in pack.folded:
             linear.replica_of_fold = replica_of_fold
         with injection, torch.inference_mode():
             for first in range(0, len(data.tokens), batch_size):
@@ -160,7 +160,7 @@ def _run_fold(
                     exact[index] += int(result.exact[part].sum())
                 batch_number += 1
     finally:
-        for linear in pack.linears:
+        for linear in pack.folded:
             linear.replica_of_fold = None
     for index, one in enumerate(fold):
         loss = totals[index] / tokens[index]
