@@ -233,6 +233,26 @@ CASES: dict[str, tuple[tuple[str, str], str, tuple[str, ...]]] = {
         "sweep.deploy=[unmerged, merged]",
         ("sweep.deploy", "got 'merged'", "no adapters", "allowed is 'unmerged'"),
     ),
+    "compiled layers with noise inside": (
+        ("study: demo\n", "study: demo\ntraining: {compile: true}\n"),
+        "controls.carrier=rmsnorm_weight",
+        ("training.compile", "controls has noise on rmsnorm_weight", "carrier hidden alone"),
+    ),
+    "compiled layers with a fault inside": (
+        ("      threshold:", "      modules: [linear]\n      threshold:"),
+        "training.compile=true",
+        ("training.compile", "dead_zone acts inside the decoder layers"),
+    ),
+    "compiled full fine-tuning": (
+        ("study: demo\n", "study: demo\ntraining: {method: {kind: full}}\n"),
+        "training.compile=true",
+        ("training.compile", "full fine-tuning runs its layers as they are"),
+    ),
+    "compiled layers that are computed again": (
+        ("", ""),
+        "training={compile: true, gradient_checkpointing: true}",
+        ("training", "compile with gradient_checkpointing", "one of the two"),
+    ),
     "skipped layer beyond the last": (
         ("", ""),
         "arms={mine: {skip: [28]}}",

@@ -12,7 +12,7 @@ from tiny import CLEAN, LAYERS, noise, one_pack, save_tiny_model, tiny_setting, 
 from aqn_tune.errors import UserError
 from aqn_tune.faults import DeadZone, FaultSpec, RelativeGaussian
 from aqn_tune.injection import apply as apply_module
-from aqn_tune.injection import injection as injection_module
+from aqn_tune.injection import layout as layout_module
 from aqn_tune.injection.address import AddressBook
 from aqn_tune.injection.draws import keyed_normal
 from aqn_tune.injection.fold import Entry, fault_slots
@@ -323,7 +323,7 @@ def test_a_schedule_that_is_read_wrongly_fails_the_training(
     folder: Path, monkeypatch: pytest.MonkeyPatch, bug: str
 ) -> None:
     """Wrong already where the fold is laid out, so that every later number agrees with it."""
-    original = injection_module.noise_slots
+    original = layout_module.noise_slots
 
     def broken(entries, layer_count):
         slots = original(entries, layer_count)
@@ -331,7 +331,7 @@ def test_a_schedule_that_is_read_wrongly_fails_the_training(
             return [replace(slot, multipliers=(slot.multipliers > 0).double()) for slot in slots]
         return [replace(slot, sigma=(slot.sigma > 0).double() * 0.001) for slot in slots]
 
-    monkeypatch.setattr(injection_module, "noise_slots", broken)
+    monkeypatch.setattr(layout_module, "noise_slots", broken)
     policy = {"targeting": {"kind": "multipliers", "values": [0.5, 2, 1, 0.1]}}
     (row,) = advance(folder, run_of(policy)).trainings
     assert row.status == "failed"

@@ -13,8 +13,9 @@ from aqn_tune.study.seeds import stream_seed
 class Scratch:
     """Memory that draws are made in again and again: fresh memory is cold, and half the cost of a draw."""
 
-    def __init__(self) -> None:
-        self.generator = torch.Generator()
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.generator = torch.Generator(device)
         self._size = 0
         self._views: dict[torch.Size, Tensor] = {}
 
@@ -22,7 +23,7 @@ class Scratch:
         """Return memory for float32 values of `shape`, the same at every call; it holds anything."""
         if shape not in self._views:
             self._size = max(self._size, shape.numel())
-            memory = torch.empty(self._size)
+            memory = torch.empty(self._size, device=self._device)
             shapes = (*self._views, shape)
             self._views = {known: memory[: known.numel()].view(known) for known in shapes}
         return self._views[shape]
@@ -31,11 +32,12 @@ class Scratch:
 def keyed_normal(x: Tensor, seeds: Sequence[int], scratch: Scratch | None = None) -> Tensor:
     """Return standard normal values of x's shape [K, N, D], type and device, row k drawn under seeds[k].
 
-    Drawn in float32 on the CPU, row by row, so that a replica's values depend neither on the pack it
-    is in nor on the type or device of the model. Rows of equal seed share memory: not to be written to.
-    With a `scratch` the values stand until its next use.
+    Drawn in float32 on the device of `x`, row by row, so that a replica's values depend neither on the
+    pack it is in nor on the type of the model. Generators of different devices draw different values.
+    Rows of equal seed share memory: not to be written to. With a `scratch` the values stand until its
+    next use.
     """
-    scratch = scratch or Scratch()
+    scratch = scratch or Scratch(x.device)
     generator = scratch.generator
     if len(seeds) == 1:
         return scratch.of(x.shape).normal_(generator=generator.manual_seed(seeds[0])).to(x)

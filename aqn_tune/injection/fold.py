@@ -76,6 +76,13 @@ class FaultSlot:
         """Whether the gradient passes as if the fault were not there."""
         return getattr(self.spec, "ste", False)
 
+    def identity(self, replica: int) -> tuple[object, ...]:
+        """Return all that the fault of a replica depends on at a given place, beside fresh draws."""
+        at = self.active.index(replica)
+        levels = tuple(float(value[at]) for value in self.params.values())
+        seed = self.device_seeds[at] if self.spec.uses_device_seed() else 0
+        return self.key, self.outer, levels, seed
+
     def alone(self, replica: int) -> FaultSlot:
         """Return the slot of one replica, for a tensor that holds that replica only."""
         at = self.active.index(replica)

@@ -16,7 +16,7 @@ from aqn_tune.faults.base import Draws
 from aqn_tune.injection.address import Address, AddressBook
 from aqn_tune.injection.apply import apply_fault, apply_quantizer, quantizer_defect
 from aqn_tune.injection.draws import CallDraws, Scratch, keyed_normal
-from aqn_tune.injection.fold import Entry, FaultSlot, NoiseSlot, SeedOf
+from aqn_tune.injection.fold import Entry, FaultSlot, NoiseSlot, QuantizerSlot, SeedOf
 from aqn_tune.injection.layout import Layout, Site
 from aqn_tune.injection.measure import FaultTally, NoiseAudit, QuantizerTally
 from aqn_tune.injection.observe import ActivationWatch
@@ -41,6 +41,8 @@ class Injection:
         entries: What each replica gets.
         seed_of: Seeds of the random draws.
         measure: Measure what every fault and quantizer does (evaluation).
+        part: Depths (`Layout.depth`) at which anything is attached: for a pass that runs this part of
+            the decoder only. None: all of them.
 
     Raises:
         UserError: A fault, quantizer or noised layer matches no module, or a weight fault a module
@@ -54,6 +56,7 @@ class Injection:
         *,
         seed_of: SeedOf,
         measure: bool = False,
+        part: range | None = None,
     ) -> None:
         self.replicas = len(entries)
         self.audit = NoiseAudit(self.replicas)
@@ -63,6 +66,7 @@ class Injection:
         self.number = 0
         self.layout = Layout(book, entries)
         self._seed_of = seed_of
+        self._part = part
         self._handles: list[RemovableHandle] = []
         self._replaced: list[tuple[nn.Module, Any]] = []
         self._valid = torch.empty(0)
@@ -71,9 +75,36 @@ class Injection:
         self._microbatch = 0
         self._audited: frozenset[int] = frozenset()
         self._counting = True
-        self._quantized: tuple[Any, ...] = ()
-        self._scratch = Scratch()
+        self._quantized: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        """By slots the last input that they quantized, and what came out."""
+        self._measured: dict[int, Tensor] = {}
+        """By slot the last input that was measured."""
+        self._scratch = Scratch(next(book.model.parameters()).device)
         self._masks: dict[tuple[str, int], dict[tuple[int, ...], Tensor | None]] = {}
+
+    def inherit(self, replica: int, earlier: Injection, its: int) -> None:
+        """Add what `earlier`, on an earlier part of the decoder, did to its replica `its`.
+
+        A fault has to act in one of the two parts only: then its measure is what one injection on both
+        would have come to, bit for bit. What is not declared alike for both replicas is not inherited.
+        """
+        faults = {
+            slot.identity(its): tally
+            for slot, _, tally in earlier.layout.faults
+            if its in slot.active
+        }
+        for slot, _, tally in self.layout.faults:
+            if replica in slot.active and slot.identity(replica) in faults:
+                tally.inherit(replica, faults[slot.identity(replica)], its)
+        formats = {
+            (slot.spec, slot.outer): tally
+            for slot, _, tally in earlier.layout.quantizers
+            if its in slot.active
+        }
+        for quantizer, _, total in self.layout.quantizers:
+            key = (quantizer.spec, quantizer.outer)
+            if replica in quantizer.active and key in formats:
+                total.inherit(replica, formats[key], its)
 
     def quantizer_defects(self) -> dict[int, str]:
         """Return what is wrong with the quantizers of a replica, by replica; see `quantizer_defect`."""
@@ -122,7 +153,8 @@ class Injection:
         self._microbatch = microbatch
         self._audited = audited
         self._counting = True
-        self._quantized = ()
+        self._quantized.clear()
+        self._measured.clear()
         self.number += 1
 
     def forward_done(self) -> None:
@@ -137,6 +169,8 @@ class Injection:
         for site in self.layout.sites.values():
             self._attach(site)
         for weight in self.layout.weights.values():
+            if not self._has(weight.address, "weight"):
+                continue
             host = cast(nn.Module, weight.host or weight.module)
             self._replaced.append((host, host.__dict__.get("forward")))
             host.__dict__["forward"] = partial(self._forward, weight)
@@ -156,7 +190,8 @@ class Injection:
                 module.__dict__["forward"] = before
         self._handles.clear()
         self._replaced.clear()
-        self._quantized = ()
+        self._quantized.clear()
+        self._measured.clear()
 
     @contextmanager
     def lifted(self) -> Iterator[None]:
@@ -172,14 +207,19 @@ class Injection:
 
     def _attach(self, site: Site) -> None:
         module = site.module
-        if site.grad_input or site.quantizers or site.input:
+        entered = site.grad_input or site.quantizers or site.input
+        if entered and self._has(site.address, "input"):
             self._handles.append(
                 module.register_forward_pre_hook(partial(self._on_input, site), with_kwargs=True)
             )
-        if site.noise or site.output or site.grad_output or site.skips:
+        left = site.noise or site.output or site.grad_output or site.skips
+        if left and self._has(site.address, "output"):
             self._handles.append(
                 module.register_forward_hook(partial(self._on_output, site), with_kwargs=True)
             )
+
+    def _has(self, address: Address, site: str) -> bool:
+        return self._part is None or self.layout.depth(address, site) in self._part
 
     # -- what happens at a site --------------------------------------------------------------------
 
@@ -287,8 +327,9 @@ class Injection:
             for slot, tally in site.quantizers:
                 tally.count(slot.active)
         slots = tuple(id(slot) for slot, _ in site.quantizers)
-        if self._quantized and self._quantized[0] == slots and _is_same(self._quantized[1], x):
-            return straight_through(x, self._quantized[2])
+        known = self._quantized.get(slots)
+        if known is not None and _is_same(known[0], x):
+            return straight_through(x, known[1])
         quantized = x.detach()
         for slot, tally in site.quantizers:
             quantized = apply_quantizer(
@@ -297,11 +338,19 @@ class Injection:
                 self._valid,
                 "activation",
                 site.address.layer,
-                tally if self.measures else None,
+                tally if self._is_new(slot, x) else None,
             )
         # Values are shared, the way back is not: the gradient of each product is its own.
-        self._quantized = (slots, x, quantized)
+        self._quantized[slots] = (x, quantized)
         return straight_through(x, quantized)
+
+    def _is_new(self, slot: QuantizerSlot, x: Tensor) -> bool:
+        """Return whether an input is to be measured: once, whatever else is quantized beside it."""
+        if not self.measures:
+            return False
+        last = self._measured.get(id(slot))
+        self._measured[id(slot)] = x
+        return last is None or not _is_same(last, x)
 
     def _fault(self, address: Address, slot: FaultSlot, tally: FaultTally, x: Tensor) -> Tensor:
         if self._counting:

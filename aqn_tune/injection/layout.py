@@ -92,6 +92,7 @@ class Layout:
         self.is_merged = all(merged)
         """Whether adapters are merged into the weights in every pass."""
         self._book = book
+        self.layer_count = book.layer_count
         for fault_slot in fault_slots(entries, book.layer_count):
             self._place_fault(fault_slot)
         for slot in quantizer_slots(entries):
@@ -104,6 +105,20 @@ class Layout:
             site.skips = tuple(i for i, entry in enumerate(entries) if layer in entry.skip)
         if self.is_merged:
             self._place_merged_adapters()
+
+    def reaches_inside(self) -> bool:
+        """Return whether anything acts inside a decoder layer, not on its input or output alone."""
+        layers = {self._book.layer_output(layer).name for layer in range(self.layer_count)}
+        return bool(self.weights) or any(name not in layers for name, _ in self.sites)
+
+    def depth(self, address: Address, site: str) -> int:
+        """Return how deep in the decoder a site lies, 0 to the number of layers.
+
+        Layer l and all that is in it lie at depth l, but the output of layer l as a whole at l + 1: what
+        is done to it comes after the last product of its layer.
+        """
+        whole = self._book.layer_output(address.layer).module is address.module
+        return address.layer + (whole and site in ("output", "grad_output"))
 
     def _place_merged_adapters(self) -> None:
         book = self._book

@@ -85,6 +85,14 @@ class FaultTally(_Calls):
         self.error_energy[rows] += alone.error_energy
         self.energy[rows] += alone.energy
 
+    def inherit(self, replica: int, other: FaultTally, its: int) -> None:
+        """Add what happened to replica `its` of `other` to `replica`."""
+        self.calls[replica] += other.calls[its]
+        self.affected[replica] += other.affected[its]
+        self.values[replica] += other.values[its]
+        self.error_energy[replica] += other.error_energy[its]
+        self.energy[replica] += other.energy[its]
+
     def measure(self, replica: int) -> FaultMeasure:
         """Return what happened to one replica."""
         values = float(self.values[replica])
@@ -153,6 +161,13 @@ class QuantizerTally(_Calls):
         for key, sums in alone._sums.items():
             mine = self._sums.setdefault(key, torch.zeros(self.replicas, 5, dtype=torch.float64))
             mine[list(replicas)] += sums
+
+    def inherit(self, replica: int, other: QuantizerTally, its: int) -> None:
+        """Add what happened to replica `its` of `other` to `replica`."""
+        self.calls[replica] += other.calls[its]
+        for key, sums in other._sums.items():
+            mine = self._sums.setdefault(key, torch.zeros(self.replicas, 5, dtype=torch.float64))
+            mine[replica] += sums[its]
 
     def measures(self, replica: int) -> tuple[QuantizerMeasure, ...]:
         """Return one row per operand and layer."""

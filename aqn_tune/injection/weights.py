@@ -148,11 +148,10 @@ class WeightSite:
         own: list[object] = []
         if self.host is not None or any(bool(slot.sigma[:, replica].any()) for slot in self.noise):
             own.append(("own", replica))
-        for slot, _ in self.faults:
+        for number, (slot, _) in enumerate(self.faults):
             if replica in slot.active:
-                at = slot.active.index(replica)
-                level = tuple(float(value[at]) for value in slot.params.values())
-                own.append((slot.key, level, slot.device_seeds[at]))
+                # Of two slots with one fault each keeps a tally of its own.
+                own.append((number, slot.identity(replica)))
                 if slot.spec.is_stochastic():
                     own.append(("own", replica))
         own += [i for i, (slot, _) in enumerate(self.quantizers) if replica in slot.active]

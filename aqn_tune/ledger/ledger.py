@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -15,12 +16,26 @@ from aqn_tune.ledger.rows import (
     EvaluationRow,
     LedgerRow,
     MechanismRow,
+    OwnTrainingRow,
     RecordedRow,
     SearchRow,
     TrainingRow,
 )
 
 _ROW: TypeAdapter[RecordedRow] = TypeAdapter(RecordedRow)
+
+
+class Repeated(NamedTuple):
+    """What cells have trained for themselves though the ledger had it (`--no-reuse`)."""
+
+    trainings: int
+    steps: int
+    """Optimiser steps of those trainings."""
+    seconds: float
+    """Their share of the wall time of their packs."""
+
+
+NOTHING_REPEATED = Repeated(0, 0, 0.0)
 
 
 class Ledger:
@@ -39,6 +54,12 @@ class Ledger:
         self.search: list[SearchRow] = []
         self.mechanism: dict[tuple[str, int], MechanismRow] = {}
         """What was seen of each training, by training key and step."""
+        self.own_trainings: dict[tuple[str, str], OwnTrainingRow] = {}
+        """How far each cell has trained a run of its own, by training key and cell."""
+        self.own_seconds: dict[tuple[str, str], float] = {}
+        """Wall time of each of those runs that `seconds` does not hold."""
+        self.eval_seconds: dict[str, float] = {}
+        """Wall time of the evaluations of each training, a part of the next."""
         self.seconds: dict[str, float] = {}
         """Wall time that each training has taken so far, all its rows together."""
         for row in self.recorded():
@@ -46,7 +67,9 @@ class Ledger:
 
     def rows(self) -> Iterator[LedgerRow]:
         """Read the rows that results rest on from disk, in the order in which they were written."""
-        return (row for row in self.recorded() if not isinstance(row, MechanismRow))
+        return (
+            row for row in self.recorded() if not isinstance(row, MechanismRow | OwnTrainingRow)
+        )
 
     def recorded(self) -> Iterator[RecordedRow]:
         """Read every row from disk, in the order in which they were written."""
@@ -70,6 +93,8 @@ class Ledger:
             self.trainings[row.training_key] = row
             spent = self.seconds.get(row.training_key, 0.0)
             self.seconds[row.training_key] = spent + row.seconds
+            spent = self.eval_seconds.get(row.training_key, 0.0)
+            self.eval_seconds[row.training_key] = spent + row.eval_seconds
             self.rungs[row.training_key, row.step_reached] = row
         elif isinstance(row, EvaluationRow):
             self.evaluations[evaluation_id(row)] = row
@@ -78,6 +103,10 @@ class Ledger:
             self.cells[key] = row
         elif isinstance(row, MechanismRow):
             self.mechanism[row.training_key, row.step] = row
+        elif isinstance(row, OwnTrainingRow):
+            run = (row.training_key, row.cell)
+            self.own_trainings[run] = row
+            self.own_seconds[run] = self.own_seconds.get(run, 0.0) + row.seconds
         else:
             self.search.append(row)
 
@@ -107,6 +136,13 @@ class Ledger:
             if file.read(1) != b"\n":
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
+
+    def repeated(self) -> Repeated:
+        """Return the trainings that equal a recorded one and were run all the same."""
+        again = [row for row in self.own_trainings.values() if not row.recorded]
+        return Repeated(
+            len(again), sum(row.step_reached for row in again), sum(self.own_seconds.values())
+        )
 
     def evaluation(
         self, training_key: str, step: int, condition: str, scenario: str, split: str

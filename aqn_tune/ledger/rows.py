@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -43,7 +45,17 @@ class QuantizerMeasure(Spec):
     )
 
 
-class EvaluationRow(Spec):
+class TakenRow(Spec):
+    """A row that may have been taken over from the ledger of another study."""
+
+    source: str = Field(
+        "",
+        exclude_if=lambda source: not source,
+        description="Where it was taken from, `<folder of the study>/<pack>`; empty: made here.",
+    )
+
+
+class EvaluationRow(TakenRow):
     """One evaluation: training x step x condition x split."""
 
     kind: Literal["evaluation"] = "evaluation"
@@ -177,15 +189,19 @@ class Observation(Spec):
     )
 
 
-class MechanismRow(Observation):
+class MechanismRow(Observation, TakenRow):
     """What was seen of a training at one of its observed steps. It explains, and claims nothing."""
 
     kind: Literal["mechanism"] = "mechanism"
     training_key: str = Field(description="The training that was observed.")
 
 
-class TrainingRow(Spec):
-    """The state of a training at a rung, whatever became of it; the last row holds."""
+class TrainingRow(TakenRow):
+    """The state of a training at a rung, whatever became of it; the last row holds.
+
+    One that was taken over names the pack that it ran in there, and no seconds: they were not spent
+    here.
+    """
 
     kind: Literal["training"] = "training"
     training_key: str = Field(description="Identity of the training.")
@@ -200,8 +216,16 @@ class TrainingRow(Spec):
     seconds: float = Field(
         description="Its share of its pack's wall time, training and evaluation, since the last row."
     )
+    eval_seconds: float = Field(0.0, description="The part of `seconds` that evaluation took.")
     pack: str = Field(description="Pack it ran in.")
     pack_size: int = Field(description="Replicates in that pack.")
+    lockstep: int = Field(
+        1, ge=1, description="Runs that shared its forward passes, itself included."
+    )
+    lockstep_limit: str = Field(
+        "",
+        description="Why not the whole pack did: what keeps runs apart; empty where nothing does.",
+    )
     train_losses: tuple[float, ...] = Field(
         (), description="Training loss at each step since the last row."
     )
@@ -215,6 +239,30 @@ class TrainingRow(Spec):
         description="What was seen since the last row, on its way from the worker; the ledger holds it "
         "as mechanism rows.",
     )
+
+
+class OwnTrainingRow(Spec):
+    """How far a cell has trained a run of its own, though other cells share the training (`--no-reuse`).
+
+    The numbers are those of the training and evaluation rows: of the runs that cells have trained for
+    one training key, the first to reach a rung is recorded, and the others were found to equal it.
+    """
+
+    kind: Literal["own_training"] = "own_training"
+    training_key: str = Field(description="Identity of the training.")
+    cell: str = Field(description="The cell, as stage/scenario/arm/replicate.")
+    stage: Stage = Field(description="Stage that paid for it.")
+    step_reached: int = Field(description="Steps it took.")
+    status: Literal["finished", "unfinished", "failed"] = Field(description="What became of it.")
+    recorded: bool = Field(
+        description="Whether the training row of this rung is its own; false: compared and equal."
+    )
+    seconds: float = Field(
+        description="Its share of its pack's wall time since the last row; 0 where recorded, as the "
+        "training row has it."
+    )
+    pack: str = Field(description="Pack it ran in.")
+    pack_size: int = Field(description="Replicates in that pack.")
 
 
 class CellRow(Spec):
@@ -258,6 +306,22 @@ LedgerRow = Annotated[
 """What results rest on, and all that evidence is given."""
 
 RecordedRow = Annotated[
-    EvaluationRow | TrainingRow | CellRow | SearchRow | MechanismRow, Field(discriminator="kind")
+    EvaluationRow | TrainingRow | CellRow | SearchRow | MechanismRow | OwnTrainingRow,
+    Field(discriminator="kind"),
 ]
 """Everything that a ledger holds."""
+
+
+def lockstep_limits(trainings: Iterable[TrainingRow]) -> dict[str, int]:
+    """Return how many of these trainings did not share every forward pass of their pack, by the reason."""
+    return dict(Counter(row.lockstep_limit for row in trainings if row.lockstep_limit))
+
+
+def reused_from(trainings: Iterable[TrainingRow]) -> dict[str, int]:
+    """Return how many of these trainings were taken from each other study, by its folder."""
+    found: dict[str, int] = {}
+    for row in trainings:
+        if row.source:
+            folder = row.source.partition("/")[0]
+            found[folder] = found.get(folder, 0) + 1
+    return found

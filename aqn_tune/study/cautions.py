@@ -18,7 +18,7 @@ def study_cautions(study: Study, scenarios: Sequence[Scenario]) -> tuple[str, ..
     Of a search space its corners are looked at, and of policies with one carrier the loudest.
     """
     found: list[str] = []
-    for where, policy in _policies(study):
+    for where, policy in policies(study):
         found += (f"{where}: {text}" for text in policy.cautions())
         if policy.redraw != "step" and study.training.gradient_accumulation_steps == 1:
             found.append(
@@ -30,7 +30,7 @@ def study_cautions(study: Study, scenarios: Sequence[Scenario]) -> tuple[str, ..
     return tuple(dict.fromkeys(found))
 
 
-def _policies(study: Study) -> Iterator[tuple[str, NoisePolicy]]:
+def policies(study: Study) -> Iterator[tuple[str, NoisePolicy]]:
     """Yield each noise policy of a study with its key."""
     for name in study.controls.include:
         policy = study.controls.arm(name).noise

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from aqn_tune.errors import UserError, nearest
 from aqn_tune.study.arms import ArmSpec, ControlName
+from aqn_tune.study.cautions import policies
 from aqn_tune.study.device import WEIGHT_SITES
 from aqn_tune.study.layers import resolve_layers
 from aqn_tune.study.resolve import resolve_run
@@ -27,6 +28,7 @@ def check_study(study: Study, scenarios: Sequence[Scenario], layer_count: int) -
     for scenario in scenarios:
         _check_device(study, scenario, layer_count)
         _check_adapters(study, scenario)
+    _check_compile(study, scenarios)
     for name, arm in study.arms.items():
         for scenario in scenarios:
             _check_arm(study, name, arm, scenario, layer_count)
@@ -79,6 +81,32 @@ def _check_adapters(study: Study, scenario: Scenario) -> None:
             raise UserError(
                 f"{_key(study, key)}: got {got!r}, but full fine-tuning has no adapters; allowed is "
                 f"{default!r}, or train with method lora"
+            )
+
+
+def _check_compile(study: Study, scenarios: Sequence[Scenario]) -> None:
+    """Refuse compiled layers where something acts inside them, which would be compiled away."""
+    if not study.training.compile:
+        return
+    key = "training.compile: got true, but"
+    if isinstance(study.training.method, Full):
+        raise UserError(f"{key} full fine-tuning runs its layers as they are; leave it out")
+    for where, policy in policies(study):
+        if policy.carrier.site != "layer_output":
+            raise UserError(
+                f"{key} {where} has noise on {policy.carrier.kind}, inside the decoder layers, which "
+                "have to stay as they are then; leave it out, or use carrier hidden alone"
+            )
+    for scenario in scenarios:
+        device = scenario.spec.everything().trained()
+        inside: list[str] = [fault.kind for fault in device.faults if fault.modules != (".",)]
+        inside += [quantizer.format for quantizer in device.quantization]
+        if device.deploy == "merged":
+            inside.append("deploy merged")
+        if inside:
+            raise UserError(
+                f"{key} in scenario {scenario.name} {inside[0]} acts inside the decoder layers, which "
+                "have to stay as they are then; leave it out"
             )
 
 

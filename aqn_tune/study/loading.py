@@ -61,6 +61,7 @@ def make_setting(study: Study) -> Setting:
         model_fingerprint=fingerprint(study.model),
         task_fingerprint=study.task.fingerprint(),
         eval_batch_size=study.eval_batch_size,
+        device="cuda" if study.compute.gpus_per_worker else "cpu",
     )
 
 

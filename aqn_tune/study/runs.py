@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field
@@ -47,6 +48,12 @@ class Setting(Spec):
     eval_batch_size: int = Field(
         64, description="Rows per evaluation batch; part of a tensor_max fault."
     )
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu",
+        exclude_if=lambda device: device == "cpu",
+        description="Where trainings run. Random draws are the device's own, so that numbers on a GPU are "
+        "others than on a CPU.",
+    )
 
 
 class Run(Spec):
@@ -81,8 +88,10 @@ class Run(Spec):
         Arms, scenarios and stages are names and do not enter, so equal trainings are found equal
         whatever they are called; the conditions do not enter because evaluation changes nothing.
         """
+        elsewhere = {"computed_on": setting.device} if setting.device != "cpu" else {}
         return content_hash(
             {
+                **elsewhere,
                 "format": TRAINING_FORMAT,
                 "model": setting.model_fingerprint,
                 "dtype": setting.model.dtype,
@@ -113,6 +122,27 @@ class Pack(Spec):
         default_factory=dict,
         description="Training keys to export at the last rung, each with its adapter folder.",
     )
+    lockstep: int | None = Field(
+        None,
+        ge=1,
+        description="Most runs that share a forward pass; the others follow them to each rung. Null: "
+        "as many as can. Changes no number.",
+    )
+    own: dict[str, str] = Field(
+        default_factory=dict,
+        description="Training keys of runs that serve one cell alone, each with that cell as "
+        "stage/scenario/arm/replicate.",
+    )
+
+    def only(self, runs: Mapping[str, Run]) -> Pack:
+        """Return the pack with some of its runs alone, given by training key in their order."""
+        return self.model_copy(
+            update={
+                "runs": tuple(runs.values()),
+                "export": {key: self.export[key] for key in runs if key in self.export},
+                "own": {key: self.own[key] for key in runs if key in self.own},
+            }
+        )
 
 
 def pack_key(run: Run) -> str:

@@ -47,6 +47,14 @@ class TrainingSpec(Spec):
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, more time."
     )
+    # Left out of dumps at its default, so that trainings recorded before it existed keep their keys.
+    compile: bool = Field(
+        False,
+        exclude_if=lambda compiled: not compiled,
+        description="Compile the decoder layers (method lora; needs a C++ compiler): less time per step, "
+        "after up to minutes for the first pack of a shape. Not with faults, quantizers or noise "
+        "inside a layer. Numbers differ in rounding.",
+    )
     max_length: int = Field(
         64,
         ge=8,
@@ -71,6 +79,15 @@ class TrainingSpec(Spec):
     def _warmup_fits(self) -> TrainingSpec:
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _compiles_what_runs_once(self) -> TrainingSpec:
+        if self.compile and self.gradient_checkpointing:
+            raise ValueError(
+                "compile with gradient_checkpointing: a compiled layer keeps what its backward pass "
+                "needs; give one of the two"
+            )
         return self
 
     @model_validator(mode="after")

@@ -34,7 +34,13 @@ class Arena:
     ever reduced across rows.
     """
 
-    def __init__(self, shapes: Mapping[str, torch.Size], replicas: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        shapes: Mapping[str, torch.Size],
+        replicas: int,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ) -> None:
         self._slices: dict[str, _Slice] = {}
         size = 0
         for name, shape in shapes.items():
@@ -42,8 +48,8 @@ class Arena:
             size += shape.numel()
         self.size = size
         self.replicas = replicas
-        self.weights = torch.zeros(replicas, size, dtype=dtype)
-        self.gradients = torch.zeros(replicas, size, dtype=dtype)
+        self.weights = torch.zeros(replicas, size, dtype=dtype, device=device)
+        self.gradients = torch.zeros(replicas, size, dtype=dtype, device=device)
         self.optimizers: list[torch.optim.AdamW] = []
         self._owned: list[_Owned] = []
         self._trained: dict[int, Tensor] = {}
@@ -73,7 +79,7 @@ class Arena:
 
     def freeze(self, replica: int, names: Sequence[str]) -> None:
         """Keep the tensors `names` of one replica as they are: no update and no weight decay."""
-        trained = torch.ones(1, self.size, dtype=torch.bool).expand(self.replicas, -1).clone()
+        trained = torch.ones_like(self.weights, dtype=torch.bool)
         for name in names:
             self.view(trained, name)[replica] = False
         self._trained[replica] = trained[replica]
@@ -134,10 +140,10 @@ class Arena:
         return norm
 
     def state(self, replica: int) -> dict[str, Tensor]:
-        """Return a copy of one replica's row: weights and AdamW moments."""
-        state = {"weights": self.weights[replica].clone()}
+        """Return a copy of one replica's row, on the CPU: weights and AdamW moments."""
+        state = {"weights": self.weights[replica].to("cpu", copy=True)}
         for moments in self.optimizers[replica].state.values():
-            state.update({key: value.clone() for key, value in moments.items()})
+            state.update({key: value.to("cpu", copy=True) for key, value in moments.items()})
         return state
 
     def restore(self, replica: int, state: Mapping[str, Tensor]) -> None:
@@ -145,10 +151,13 @@ class Arena:
         self.weights[replica].copy_(state["weights"])
         optimizer = self.optimizers[replica]
         row = optimizer.param_groups[0]["params"][0]
-        moments = {key: value.clone() for key, value in state.items() if key != "weights"}
+        moments = {
+            key: value.to(row.device, copy=True) for key, value in state.items() if key != "weights"
+        }
         if moments:
             optimizer.state[row] = moments
 
     def named_row(self, replica: int) -> dict[str, Tensor]:
-        """Return one replica's tensors by name, copies of shape `shape`."""
-        return {name: self.view(self.weights, name)[replica].clone() for name in self._slices}
+        """Return one replica's tensors by name, copies on the CPU."""
+        views = {name: self.view(self.weights, name)[replica] for name in self._slices}
+        return {name: view.to("cpu", copy=True) for name, view in views.items()}

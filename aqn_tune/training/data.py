@@ -31,6 +31,12 @@ class TokenSet(NamedTuple):
     first: int
     """First position whose prediction can be an answer token, rounded down to `ROW_MULTIPLE`."""
 
+    def to(self, device: torch.device) -> TokenSet:
+        """Return the split on a device."""
+        return TokenSet(
+            self.tokens.to(device), self.answer.to(device), self.valid.to(device), self.first
+        )
+
     def batch(self, rows: Tensor) -> TokenSet:
         """Return the rows with the numbers `rows` [B]."""
         return TokenSet(self.tokens[rows], self.answer[rows], self.valid[rows], self.first)
@@ -86,7 +92,9 @@ def answer_loss(logits: Tensor, batch: TokenSet) -> Tensor:
     losses = torch.nn.functional.cross_entropy(
         predicted.flatten(0, 1), target.flatten(), reduction="none"
     ).view(target.shape)
-    return torch.where(mask, losses, torch.zeros((), dtype=losses.dtype)).sum(dim=1)
+    return torch.where(mask, losses, torch.zeros((), dtype=losses.dtype, device=losses.device)).sum(
+        dim=1
+    )
 
 
 def token_loss(logits: Tensor, batch: TokenSet) -> TokenLoss:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import gc
 import io
 import math
+import os
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -15,11 +18,12 @@ from aqn_tune.errors import UserError
 from aqn_tune.ledger.rows import EvaluationRow, TrainingRow
 from aqn_tune.models.load import base_arrays, build_model, load_tokenizer
 from aqn_tune.study.engine import BaseArrays, Engine, PackTraining, RungReport
-from aqn_tune.study.runs import Pack, Run, Setting, Split
+from aqn_tune.study.runs import Pack, Setting, Split
 from aqn_tune.training.data import TokenSet, load_tokens
 from aqn_tune.training.evaluate import Evaluated, evaluate
 from aqn_tune.training.export import export_adapter, export_full
-from aqn_tune.training.pack import PackState, ReplicaPack
+from aqn_tune.training.memory import Fit, fitting, is_out_of_memory
+from aqn_tune.training.pack import ReplicaPack, ReplicaState
 from aqn_tune.training.stacked import obstacle
 
 
@@ -35,9 +39,11 @@ def _tokens(setting: Setting, max_length: int, split: str) -> TokenSet:
 
 
 class TorchPack:
-    """A pack of runs in training with torch: one stacked pack (LoRA), or one model per run (full).
+    """A pack of runs in training with torch, in as few groups as can train in lockstep.
 
-    Full fine-tuning advances its replicates one after another to the same rung.
+    A group shares its forward passes; groups follow one another to each rung. One group is the rule;
+    more come of a limit in the pack, of a model that cannot be stacked, or of the memory, and every
+    training row says how many runs shared its passes, and why it was not all of them.
     """
 
     def __init__(self, pack: Pack, setting: Setting, base: BaseArrays) -> None:
@@ -50,17 +56,63 @@ class TorchPack:
         self._eval_seconds = 0.0
         self._reported_step = 0
         self._reported_seconds = 0.0
-        full = pack.runs[0].training.method.kind == "full"
-        blocked = obstacle(build_model(setting.model, base)) if full else None
-        groups: list[tuple[Run, ...]] = [(run,) for run in pack.runs] if blocked else [pack.runs]
-        train = self._split("train")
-        self._members = [
-            ReplicaPack(build_model(setting.model, base), group, train) for group in groups
+        self._reported_eval_seconds = 0.0
+        self._seconds_before = 0.0
+        self._device = _device(setting)
+        self._fit = self._fitting()
+        self._members = self._open(self._fit.runs)
+
+    def _fitting(self) -> Fit:
+        """Return how many runs may train in lockstep, and what keeps the others apart."""
+        runs, limit = self._pack.runs, self._pack.lockstep
+        most = Fit(len(runs), "")
+        if limit is not None and limit < len(runs):
+            most = Fit(limit, f"at most {limit} were asked for")
+        if most.runs == 1:
+            return most
+        model = build_model(self._setting.model, self._base).to(self._device)
+        blocked = obstacle(model) if runs[0].training.method.kind == "full" else None
+        if blocked is not None:
+            return Fit(1, str(blocked))
+        fit = fitting(runs, model, self._split("train"), sharers=os.cpu_count() or 1)
+        return fit if fit.runs < most.runs else most
+
+    def _open(self, size: int) -> list[ReplicaPack]:
+        """Return the runs in groups of at most `size`, as even as they come."""
+        runs = self._pack.runs
+        count = -(-len(runs) // size)
+        cuts = [round(at * len(runs) / count) for at in range(count + 1)]
+        return [
+            ReplicaPack(
+                build_model(self._setting.model, self._base),
+                runs[first:last],
+                self._split("train"),
+                self._device,
+            )
+            for first, last in pairwise(cuts)
         ]
+
+    def _train_to(self, step: int) -> None:
+        """Train all groups to `step`; where the memory ends in the first rung, in groups of half the size."""
+        while True:
+            try:
+                for member in self._members:
+                    member.train_to(step)
+                return
+            except (RuntimeError, MemoryError) as error:
+                size = max(len(member.runs) for member in self._members)
+                # After the first rung the memory needed is that of the rungs before: another is to blame.
+                if not is_out_of_memory(error) or size == 1 or self._rung:
+                    raise
+            self._seconds_before += sum(member.seconds for member in self._members)
+            self._members.clear()
+            gc.collect()
+            self._fit = Fit(-(-size // 2), f"the memory did not hold {size} at a time")
+            self._members = self._open(self._fit.runs)
 
     def _split(self, split: Split | str) -> TokenSet:
         max_length = self._pack.runs[0].training.max_length
-        return _tokens(self._setting, max_length, split)
+        return _tokens(self._setting, max_length, split).to(self._device)
 
     def advance(self) -> RungReport:
         """Train to the next rung and evaluate there; see `PackTraining.advance`."""
@@ -68,10 +120,10 @@ class TorchPack:
         rows: list[EvaluationRow] = []
         trainings: list[TrainingRow] = []
         offset = 0
+        self._train_to(step)
         for member in self._members:
             keys = self._keys[offset : offset + len(member.runs)]
             offset += len(member.runs)
-            member.train_to(step)
             member.fail_where_short(step)
             audits = {
                 replica: member.audit(replica)
@@ -89,10 +141,12 @@ class TorchPack:
                 trainings.append(self._exported(member, replica, row))
         self._rung += 1
         self._reported_step, self._reported_seconds = step, self._seconds()
+        self._reported_eval_seconds = self._eval_seconds
         return RungReport(step, tuple(rows), tuple(trainings))
 
     def _seconds(self) -> float:
-        return sum(member.seconds for member in self._members) + self._eval_seconds
+        training = sum(member.seconds for member in self._members)
+        return self._seconds_before + training + self._eval_seconds
 
     def _evaluate(self, member: ReplicaPack) -> list[Evaluated]:
         """Return the evaluations that count; a run of which one does not is marked failed."""
@@ -143,8 +197,11 @@ class TorchPack:
             status=status,
             error=failure,
             seconds=(self._seconds() - self._reported_seconds) / len(self._pack.runs),
+            eval_seconds=(self._eval_seconds - self._reported_eval_seconds) / len(self._pack.runs),
             pack=self._pack.name,
             pack_size=len(self._pack.runs),
+            lockstep=len(member.runs),
+            lockstep_limit=self._fit.why,
             train_losses=tuple(losses[self._reported_step :]),
             observations=tuple(
                 seen for seen in member.observations[replica] if seen.step >= self._reported_step
@@ -166,14 +223,13 @@ class TorchPack:
     def state(self) -> bytes:
         """Return the pack's state; see `PackTraining.state`."""
         buffer = io.BytesIO()
-        members = [member.state()._asdict() for member in self._members]
+        runs = [
+            member.state(replica)._asdict()
+            for member in self._members
+            for replica in range(len(member.runs))
+        ]
         torch.save(
-            {
-                "keys": self._keys,
-                "rung": self._rung,
-                "eval_seconds": self._eval_seconds,
-                "members": members,
-            },
+            {"keys": self._keys, "rung": self._rung, "seconds": self._seconds(), "runs": runs},
             buffer,
         )
         return buffer.getvalue()
@@ -184,15 +240,29 @@ class TorchPack:
         if saved["keys"] != self._keys:
             raise ValueError("the saved state belongs to a pack of other runs")
         self._rung = saved["rung"]
-        self._eval_seconds = saved["eval_seconds"]
-        for member, values in zip(self._members, saved["members"], strict=True):
-            member.restore(PackState(**values))
+        self._seconds_before = saved["seconds"]
+        states = iter(saved["runs"])
+        for member in self._members:
+            member.restore([ReplicaState(**next(states)) for _ in member.runs])
         self._reported_step = self._pack.rungs[self._rung - 1] if self._rung else 0
         self._reported_seconds = self._seconds()
 
     def close(self) -> None:
         """Drop the models; see `PackTraining.close`."""
         self._members.clear()
+
+
+def _device(setting: Setting) -> torch.device:
+    """Return the device that packs train on.
+
+    Raises UserError where a GPU is asked for and torch finds none in this process.
+    """
+    if setting.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"compute.gpus_per_worker: got more than 0, but torch {torch.__version__} finds no CUDA GPU on "
+            "this worker; set it to 0, or install a CUDA build of torch there"
+        )
+    return torch.device(setting.device)
 
 
 def _finite(value: float | None) -> float | None:

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from aqn_tune.errors import UserError
 from aqn_tune.injection.address import AddressBook
 from aqn_tune.injection.fold import Entry
 from aqn_tune.injection.injection import Injection
@@ -22,6 +23,7 @@ from aqn_tune.study.seeds import stream_seed
 from aqn_tune.study.training import Lora
 from aqn_tune.training.arena import Arena
 from aqn_tune.training.audit import audit_run, is_audited, layers_without_gradient
+from aqn_tune.training.compiled import CompiledLayers
 from aqn_tune.training.data import TokenSet, answer_logits, answer_loss
 from aqn_tune.training.learning_rate import learning_rate
 from aqn_tune.training.lora import (
@@ -35,21 +37,22 @@ from aqn_tune.training.stacked import obstacle, stack
 from aqn_tune.training.streams import BatchOrder
 
 
-class PackState(NamedTuple):
-    """Where a pack stands after a rung; plain tensors and numbers."""
+class ReplicaState(NamedTuple):
+    """Where one run of a pack stands after a rung; plain tensors and numbers, whatever pack it was in."""
 
     step: int
-    rows: list[dict[str, Tensor]]
-    train_losses: list[list[float]]
-    failures: dict[int, str]
-    noise_calls: list[int]
-    noise_sums: list[dict[int, list[float]]]
-    fault_calls: list[list[int]]
-    gradients_due: list[list[int]]
-    quantizer_calls: list[list[int]]
-    seconds: float
-    observations: list[list[str]]
-    """What was seen of each replica, as JSON."""
+    row: dict[str, Tensor]
+    train_losses: list[float]
+    failure: str
+    """Why the run failed, empty while it lives."""
+    noise_calls: int
+    noise_sums: dict[int, list[float]]
+    fault_calls: list[int]
+    """Of each fault of the run, in declared order; so are the two below."""
+    gradients_due: list[int]
+    quantizer_calls: list[int]
+    observations: list[str]
+    """What was seen, as JSON."""
 
 
 class Folded(Protocol):
@@ -69,12 +72,21 @@ class ReplicaPack:
         model: A model of its own, from the base weights, nothing trainable. Changed in place.
         runs: Runs of equal pack key.
         data: The training split.
+        device: Where it trains. Random draws are the device's own: numbers on a GPU are not those on a
+            CPU, nor, to rounding, those of another pack.
     """
 
-    def __init__(self, model: nn.Module, runs: Sequence[Run], data: TokenSet) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        runs: Sequence[Run],
+        data: TokenSet,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.device = torch.device(device)
+        self.model = model.to(self.device)
         self.runs = tuple(runs)
-        self.data = data
+        self.data = data.to(self.device)
         self.step = 0
         self.seconds = 0.0
         self.failures: dict[int, str] = {}
@@ -90,7 +102,7 @@ class ReplicaPack:
         if isinstance(spec.method, Lora):
             sites = adapter_sites(model, spec.method)
             shapes = adapter_shapes(sites, spec.method.rank)
-            self.arena = Arena(shapes, len(runs), dtype)
+            self.arena = Arena(shapes, len(runs), dtype, self.device)
             initialise_adapters(self.arena, sites, spec.method.rank, [run.seed for run in runs])
             self.frozen = dict(model.named_parameters())
             self.folded = attach_adapters(model, self.arena, sites, spec.method)
@@ -112,11 +124,21 @@ class ReplicaPack:
         self.arena.start_optimizers([run.training for run in runs])
         entries = [Entry(run.device, run.noise, run.skip) for run in runs]
         self.injection = Injection(self.book, entries, seed_of=self._seed_of)
+        self._layers = self._compiled_layers() if spec.compile else nullcontext()
         observed = any(run.observed_steps for run in runs)
         self.mechanism = Mechanism(self.book, self.arena, self.runs) if observed else None
         self.observations: list[list[Observation]] = [[] for _ in runs]
         for replica, defect in self.injection.quantizer_defects().items():
             self._fail(replica, f"quantizer audit: {defect}")
+
+    def _compiled_layers(self) -> AbstractContextManager[object]:
+        if self.injection.layout.reaches_inside():
+            raise UserError(
+                "training.compile: faults, quantizers and noise inside a decoder layer need it as it is; "
+                "leave compile out"
+            )
+        layers = range(self.book.layer_count)
+        return CompiledLayers([self.book.layer_output(layer).module for layer in layers])
 
     def _frozen_names(self, run: Run) -> list[str]:
         """Return the tensors that the method would train and the run does not."""
@@ -135,7 +157,7 @@ class ReplicaPack:
     def _full_arena(self, dtype: torch.dtype) -> Arena:
         parameters = dict(self.model.named_parameters())
         shapes = {name: p.shape for name, p in parameters.items()}
-        arena = Arena(shapes, len(self.runs), dtype)
+        arena = Arena(shapes, len(self.runs), dtype, self.device)
         blocked = obstacle(self.model)
         if blocked is None:
             self.folded = stack(self.model, arena)
@@ -155,7 +177,7 @@ class ReplicaPack:
     def train_to(self, step: int) -> None:
         """Take optimiser steps until `step` have been taken; failed runs are carried but not updated."""
         started = time.perf_counter()
-        with self.injection:
+        with self.injection, self._layers:
             while self.step < step and len(self.failures) < len(self.runs):
                 self._train_step()
                 self.step += 1
@@ -222,6 +244,29 @@ class ReplicaPack:
             ]
         return losses
 
+    def saved_bytes(self) -> int:
+        """Return the bytes that one microbatch keeps for its backward pass, beside the weights.
+
+        It runs one forward pass, and counts as a pass that was made: use a pack of its own.
+        """
+        known = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
+        known.add(self.arena.weights.untyped_storage().data_ptr())
+        kept: dict[int, Tensor] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            # Held to the end, so that no later tensor is given the same memory.
+            kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+            return tensor
+
+        batch = self._microbatches()[0]
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with self.injection, hooks:
+            self._begin(batch, 0, audited=frozenset())
+            totals = self._replica_totals(batch)
+        del totals
+        own = (each for address, each in kept.items() if address not in known)
+        return sum(tensor.untyped_storage().nbytes() for tensor in own)
+
     def _watched(
         self, injection: Injection, batch: TokenSet, microbatch: int
     ) -> AbstractContextManager[object]:
@@ -266,6 +311,7 @@ class ReplicaPack:
     def _microbatches(self) -> list[TokenSet]:
         rows = torch.stack([self._order.indices(run.seed, self.step) for run in self.runs])
         count = self.runs[0].training.gradient_accumulation_steps
+        rows = rows.to(self.device)
         return [self.data.batch(part.flatten()) for part in rows.chunk(count, dim=1)]
 
     def _replica_totals(self, batch: TokenSet) -> list[Tensor]:
@@ -339,43 +385,48 @@ class ReplicaPack:
 
     # -- state -------------------------------------------------------------------------------------
 
-    def state(self) -> PackState:
-        """Return everything that `restore` needs; random numbers are keyed and need no state."""
+    def state(self, replica: int) -> ReplicaState:
+        """Return everything that `restore` needs of one run; random numbers are keyed and need no state."""
         audit, layout = self.injection.audit, self.injection.layout
-        return PackState(
+        faults = [fault.tally for fault in layout.faults if replica in fault.slot.active]
+        quantizers = [placed.tally for placed in layout.quantizers if replica in placed.slot.active]
+        return ReplicaState(
             step=self.step,
-            rows=[self.arena.state(replica) for replica in range(len(self.runs))],
-            train_losses=self.train_losses,
-            failures=self.failures,
-            noise_calls=audit.calls,
-            noise_sums=audit.sums,
-            fault_calls=[fault.tally.calls.tolist() for fault in layout.faults],
-            gradients_due=[fault.tally.due.tolist() for fault in layout.faults],
-            quantizer_calls=[placed.tally.calls.tolist() for placed in layout.quantizers],
-            seconds=self.seconds,
-            observations=[[one.model_dump_json() for one in seen] for seen in self.observations],
+            row=self.arena.state(replica),
+            train_losses=self.train_losses[replica],
+            failure=self.failures.get(replica, ""),
+            noise_calls=audit.calls[replica],
+            noise_sums=audit.sums[replica],
+            fault_calls=[int(tally.calls[replica]) for tally in faults],
+            gradients_due=[int(tally.due[replica]) for tally in faults],
+            quantizer_calls=[int(tally.calls[replica]) for tally in quantizers],
+            observations=[seen.model_dump_json() for seen in self.observations[replica]],
         )
 
-    def restore(self, state: PackState) -> None:
-        """Continue from `state`, which must come from a pack of the same runs."""
-        self.step = state.step
-        self.train_losses = state.train_losses
-        self.failures = state.failures
-        self.seconds = state.seconds
-        self.observations = [
-            [Observation.model_validate_json(text) for text in seen] for seen in state.observations
-        ]
-        for replica, row in enumerate(state.rows):
-            self.arena.restore(replica, row)
-        self.injection.audit.calls = state.noise_calls
-        self.injection.audit.sums = state.noise_sums
-        layout = self.injection.layout
-        for fault, calls, due in zip(
-            layout.faults, state.fault_calls, state.gradients_due, strict=True
-        ):
-            fault.tally.calls, fault.tally.due = torch.tensor(calls), torch.tensor(due)
-        for placed, calls in zip(layout.quantizers, state.quantizer_calls, strict=True):
-            placed.tally.calls = torch.tensor(calls)
+    def restore(self, states: Sequence[ReplicaState]) -> None:
+        """Continue from the states of this pack's runs, in their order, whichever packs they come from."""
+        living = [state.step for state in states if not state.failure]
+        self.step = max(living or [state.step for state in states])
+        if len(set(living)) > 1:
+            raise ValueError(f"runs at different steps cannot share a pack: {living}")
+        audit, layout = self.injection.audit, self.injection.layout
+        for replica, state in enumerate(states):
+            self.train_losses[replica] = list(state.train_losses)
+            if state.failure:
+                self.failures[replica] = state.failure
+            self.observations[replica] = [
+                Observation.model_validate_json(text) for text in state.observations
+            ]
+            self.arena.restore(replica, state.row)
+            audit.calls[replica] = state.noise_calls
+            audit.sums[replica] = {layer: list(sums) for layer, sums in state.noise_sums.items()}
+            faults = (fault.tally for fault in layout.faults if replica in fault.slot.active)
+            counts = zip(state.fault_calls, state.gradients_due, strict=True)
+            for tally, (calls, due) in zip(faults, counts, strict=True):
+                tally.calls[replica], tally.due[replica] = calls, due
+            placed = (own.tally for own in layout.quantizers if replica in own.slot.active)
+            for quantizer, calls in zip(placed, state.quantizer_calls, strict=True):
+                quantizer.calls[replica] = calls
 
 
 def _hash_of(tensors: Mapping[str, Tensor]) -> str:

@@ -1,0 +1,53 @@
+"""Decoder layers as compiled functions: fewer and larger operations in a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+_SHAPES = 64
+"""How many shapes of packs a worker may meet; each is compiled once, and read from a cache after that."""
+
+
+class CompiledLayers:
+    """Runs decoder layers compiled while used as a context; outside it the model is as it was.
+
+    Hooks on the layers themselves stay outside what is compiled and act as always. Nothing may be
+    attached to what is inside a layer.
+
+    Args:
+        layers: Decoder layers of one kind.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._layers = layers
+        self._compiled = [
+            torch.compile(
+                layer.forward, fullgraph=True, dynamic=False, options={"cpp_wrapper": True}
+            )
+            for layer in layers
+        ]
+        self._limits: Any = None
+
+    def __enter__(self) -> Self:
+        for layer, compiled in zip(self._layers, self._compiled, strict=True):
+            layer.__dict__["forward"] = compiled
+        self._limits = torch._dynamo.config.patch(
+            recompile_limit=2 * _SHAPES, accumulated_recompile_limit=2 * _SHAPES
+        )
+        self._limits.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._limits.__exit__(kind, error, trace)
+        for layer in self._layers:
+            del layer.__dict__["forward"]

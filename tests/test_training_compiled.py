@@ -1,0 +1,76 @@
+"""Compiled decoder layers: the same training to rounding, and bit for bit alike in every pack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import CLEAN, noise, save_tiny_model, tiny_setting, tiny_training
+
+from aqn_tune.errors import UserError
+from aqn_tune.faults import DeadZone, RelativeGaussian
+from aqn_tune.models.load import build_model, decoder_layers, load_tokenizer
+from aqn_tune.study.device import Device
+from aqn_tune.study.runs import Run
+from aqn_tune.training.data import load_tokens
+from aqn_tune.training.pack import ReplicaPack
+
+torch.set_num_threads(1)
+TRAINING = tiny_training(steps=8, warmup_steps=1, compile=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def run(seed: int, targeting: str, fault: object = None, **changes: object) -> Run:
+    dead = DeadZone(layers=(1,), threshold=0.2)
+    training = TRAINING.model_copy(update=changes)
+    return Run(
+        training=training,
+        device=Device(faults=(fault or dead,)),
+        noise=noise(
+            training, {"targeting": targeting, "schedule": {"kind": "constant", "sigma": 0.02}}
+        ),
+        seed=seed,
+        conditions=(CLEAN,),
+    )
+
+
+def train(folder: Path, runs: list[Run]) -> ReplicaPack:
+    setting = tiny_setting(folder)
+    data = load_tokens(load_tokenizer(setting.model), setting.task.splits().train, 64)
+    pack = ReplicaPack(build_model(setting.model), runs, data)
+    pack.train_to(8)
+    assert not pack.failures
+    return pack
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_packs_agree_with_themselves_and_with_eager_ones(folder: Path) -> None:
+    runs = [run(2, "global"), run(2, "targeted"), run(4, "global", learning_rate=1e-3)]
+    together = train(folder, runs)
+    for index, one in enumerate(runs):
+        alone = train(folder, [one])
+        assert alone.train_losses[0] == together.train_losses[index], index
+        assert torch.equal(alone.arena.weights[0], together.arena.weights[index]), index
+        assert alone.audit(0) == together.audit(index)
+    eager = train(
+        folder,
+        [
+            one.model_copy(update={"training": one.training.model_copy(update={"compile": False})})
+            for one in runs
+        ],
+    )
+    for mine, theirs in zip(together.train_losses, eager.train_losses, strict=True):
+        assert mine[:4] == pytest.approx(theirs[:4], abs=1e-4)
+    assert not any("forward" in layer.__dict__ for layer in decoder_layers(together.model))
+
+
+def test_what_reaches_inside_a_layer_is_refused(folder: Path) -> None:
+    fault = RelativeGaussian(layers=(0,), scale=0.05)
+    with pytest.raises(UserError, match="leave compile out"):
+        train(folder, [run(2, "global", fault)])
