@@ -36,6 +36,7 @@ from aqn_tune.study.runs import Condition, Pack, Run, Setting
 from aqn_tune.study.scenario import Scenario, ScenarioSpec
 from aqn_tune.study.schema import ComputeSpec, Study
 from aqn_tune.study.seeds import stream_seed
+from aqn_tune.tasks import WordProblems
 
 LAYERS = 28
 
@@ -139,6 +140,7 @@ class Synthetic:
                     seconds=0.01 + time.monotonic() % 1e-3,
                     pack=self.pack.name,
                     pack_size=len(self.pack.runs),
+                    lockstep=min(self.pack.lockstep or len(self.pack.runs), len(self.pack.runs)),
                     train_losses=tuple(1.0 / (t + 1) for t in range(first, step)),
                     audit=None if self.failed[k] else Audit(),
                     adapter=self._export(key) if status == "finished" else "",
@@ -172,7 +174,7 @@ class Synthetic:
             condition=to.name,
             scenario=to.scenario,
             split=self.pack.split,
-            rows=100,
+            rows=_rows(self.setting, self.pack.split),
             loss=loss,
             exact_match=math.exp(-loss),
             draws=to.draws,
@@ -193,6 +195,12 @@ class Synthetic:
     def close(self) -> None:
         if not np.array_equal(self.base["weight"], np.arange(64)):
             raise AssertionError("the base was written to")
+
+
+def _rows(setting: Setting, split: str) -> int:
+    if not isinstance(setting.task, WordProblems):
+        return 100
+    return setting.task.validation_rows if split == "validation" else setting.task.test_rows
 
 
 def objective(run: Run, step: int, to: Condition, behaviour: Behaviour) -> float:

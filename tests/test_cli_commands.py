@@ -20,10 +20,11 @@ from aqn_tune.ledger import Ledger
 from aqn_tune.ledger.rows import CellRow, SearchRow
 from aqn_tune.search.progress import Progress
 from aqn_tune.search.work import Best
-from aqn_tune.study.cells import config_cells, make_packs, stage_cells, unique_runs
+from aqn_tune.study.cells import config_cells, stage_cells
 from aqn_tune.study.engine import Engine
 from aqn_tune.study.folder import StudyFolder, study_folder
 from aqn_tune.study.loading import layer_count, make_setting, resolve_scenarios
+from aqn_tune.study.packing import jobs_of, make_packs
 from aqn_tune.study.schema import Study
 from aqn_tune.study.space import Params
 
@@ -65,7 +66,7 @@ def record(study: Study, engine: Engine) -> StudyFolder:
         for cell in (*controls, *config)
     )  # fmt: skip
     for pack in make_packs(
-        unique_runs([*controls, *config]),
+        jobs_of([*controls, *config], reuse=True),
         stage="search", prefix="p", size=5, rungs=(5, 10, 20), split="validation",
     ):  # fmt: skip
         training = engine.open_pack(pack, setting, engine.load_base(setting))
@@ -366,3 +367,93 @@ def test_plan_as_json_and_as_text(
     for fragment in ("healthy", "n/a", "every layer is faulty", "28 layers", "sd of the paired"):
         assert fragment in text
     assert list(tmp_path.iterdir()) == [tmp_path / "demo.yaml"]
+
+
+DEMO = """\
+study: demo
+scenario: {faults: [{kind: dead_zone, layers: [10], threshold: 0.2}]}
+sweep: {during: [both, eval]}
+search: {space: {dimensions: {sigma_start: {kind: fixed, value: 0.1}}}, configs: 2, replicates: 2}
+compute: {pack_replicas: 4}
+"""
+
+
+def planned(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+    assert call(["plan", "demo.yaml", "--json", *options]) == 0
+    return dict(json.loads(capsys.readouterr().out))
+
+
+def test_plan_counts_what_is_not_shared_and_the_size_of_packs_changes_the_time_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("demo.yaml").write_text(DEMO)
+    usual = planned(capsys)
+    alone = planned(capsys, "--no-reuse")
+    small = planned(capsys, "--pack", "1")
+    assert (usual["reuse"], usual["pack_replicas"]) == (True, 4)
+    assert (alone["reuse"], small["pack_replicas"]) == (False, 1)
+    assert usual["hash"] == alone["hash"] == small["hash"]
+    assert usual["folder"] == alone["folder"] == small["folder"]
+    # six arms, two scenarios; at deployment alone clean and fault_only are the clean arm of `both`
+    assert (usual["search"]["cells"], usual["search"]["unique"]) == (24, (1 + 5 + 4) * 2)
+    assert (alone["search"]["cells"], alone["search"]["unique"]) == (24, 24)
+    # beside them two scenarios of two configs and two seeds
+    assert alone["search"]["most"]["trainings"] == 24 + 8
+    # 8 seeds: 12 cells, and two finalists of two scenarios with both twins
+    assert alone["confirm"]["most"]["trainings"] == 8 * (12 + 2 * 2 * 3)
+    assert usual["confirm"]["most"]["trainings"] == 8 * (10 + 2 * 2 * 2)
+    assert small["search"] == usual["search"]
+    assert "in place of" in small["estimate"]["source"] or small["estimate"] != usual["estimate"]
+    assert call(["plan", "demo.yaml", "--no-reuse", "--pack", "3"]) == 0
+    text = capsys.readouterr().out
+    assert "24 control cells do not share (--no-reuse) and take 24 trainings" in text
+    assert "up to 3 runs of one shape share a forward pass" in text
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+@pytest.mark.parametrize(
+    ("value", "said"), [("0", "greater than or equal to 1"), ("x", "should be a valid integer")]
+)
+def test_a_pack_size_that_is_none(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    value: str,
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("demo.yaml").write_text(DEMO)
+    assert call([command, "demo.yaml", "--pack", value]) == 2
+    shown = capsys.readouterr().err
+    assert "--pack" in shown
+    assert said in shown
+    assert "Traceback" not in shown
+    assert list(tmp_path.iterdir()) == [tmp_path / "demo.yaml"]
+
+
+def test_the_options_of_a_run_reach_the_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, real_engine: Callable[[Engine], None]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("demo.yaml").write_text(DEMO)
+    real_engine(synthetic_engine())
+    seen: list[Study] = []
+
+    def note(study: Study, **rest: Any) -> None:
+        seen.append(study)
+        raise Interrupted("enough")
+
+    monkeypatch.setattr(run, "run_study", note)
+    for options in (
+        (),
+        ("--pack", "2"),
+        ("--no-reuse",),
+        ("--set", "compute.pack_replicas=9", "--pack", "1"),
+    ):
+        assert call(["run", "demo.yaml", *options]) == 130
+    assert [(s.compute.pack_replicas, s.compute.reuse) for s in seen] == [
+        (4, True), (2, True), (4, False), (1, True),
+    ]  # fmt: skip
+    assert len({study_folder(study) for study in seen}) == 1

@@ -81,6 +81,49 @@ def test_workers_and_packs_change_no_number(
     assert all(first.evaluations[key] == second.evaluations[key] for key in shared)
 
 
+def test_runs_that_share_nothing_come_to_the_same_numbers(
+    done: tuple[Path, StudyFolder], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Every cell trains its own run, and every run is alone in its forward passes."""
+    other = write_study(tmp_path_factory.mktemp("alone"), workers=1, packed=8)
+    assert call("run", str(other), "-q", "--no-reuse", "--pack", "1") == 0
+    folder = study_folder(load_study(other))
+    assert folder.root.name == done[1].root.name
+    first, second = Ledger(done[1].ledger), Ledger(folder.ledger)
+    assert first.evaluations == second.evaluations
+    assert first.search == second.search
+    assert {row.lockstep for row in second.trainings.values()} == {1}
+    assert max(row.lockstep for row in first.trainings.values()) == 8
+    assert len(second.own_trainings) == len(second.cells)
+    assert second.repeated().trainings == len(second.cells) - len(second.trainings) > 0
+
+
+def test_another_study_takes_what_this_one_has_searched(
+    done: tuple[Path, StudyFolder], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = yaml.safe_load(done[0].read_text())
+    content["confirm"]["alpha"] = 0.1
+    study = tmp_path / "study.yaml"
+    study.write_text(yaml.safe_dump({**content, "study": "second"}))
+    assert call("run", str(study)) == 0
+    shown = capsys.readouterr()
+    name = done[1].root.name
+    folder = study_folder(load_study(study))
+    first, second = Ledger(done[1].ledger), Ledger(folder.ledger)
+    taken = [row for row in second.trainings.values() if row.source]
+    assert f"{len(taken)} trainings reused from {name}" in shown.out
+    controls = {
+        c.training_key for c in second.cells.values() if c.stage == "search" and not c.config
+    }
+    assert controls <= {row.training_key for row in taken}
+    assert {row.stage for row in taken} == {"search"}
+    assert first.evaluations.keys() == second.evaluations.keys()
+    for key, row in second.evaluations.items():
+        assert row.model_copy(update={"source": ""}) == first.evaluations[key]
+    assert call("rerun", str(folder.root), "search/both/targeted/1", "-q") == 0
+    assert call("rerun", str(folder.root), "confirm/eval/finalist1/0", "-q") == 0
+
+
 @pytest.mark.parametrize(
     "cell", ["confirm/both/global/3", "confirm/eval/finalist1/0", "search/both/c000/1"]
 )

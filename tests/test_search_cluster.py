@@ -67,3 +67,20 @@ def test_a_cluster_that_cannot_be_joined_is_a_user_error(monkeypatch: pytest.Mon
         ray_session(ComputeSpec(address="10.0.0.1:6379")),
     ):
         pass
+
+
+def test_a_gpu_that_is_not_there_is_a_user_error_and_not_a_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray would hold the trials back for ever, and say nothing."""
+    calls: list[str] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: bool(calls))
+    monkeypatch.setattr(ray, "init", lambda **_: calls.append("init"))
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(ray, "shutdown", lambda: calls.append("shutdown"))
+    with (
+        pytest.raises(UserError, match=r"compute\.gpus_per_worker: got 0\.5, but Ray finds 0 GPUs"),
+        ray_session(ComputeSpec(gpus_per_worker=0.5)),
+    ):
+        pytest.fail("the session began")
+    assert calls == ["init", "shutdown"]

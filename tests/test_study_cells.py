@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -11,13 +12,12 @@ from aqn_tune.errors import UserError
 from aqn_tune.models.spec import ModelSpec
 from aqn_tune.study.cells import (
     Finalist,
-    base_pack,
     config_cells,
     finalist_arms,
-    make_packs,
     stage_cells,
     unique_runs,
 )
+from aqn_tune.study.packing import Job, base_pack, jobs_of, make_packs
 from aqn_tune.study.runs import Run, Setting
 from aqn_tune.study.schema import Study
 from aqn_tune.study.space import Params, SpaceSpec, arm_of
@@ -269,14 +269,46 @@ def test_corners_reach_every_choice_and_both_ends_of_every_range() -> None:
 def test_packs_hold_runs_of_equal_shape_up_to_their_size_and_lose_none() -> None:
     made = study(arms={"wide": {"rank": 16}})
     runs = search_runs(made)
+    cells = stage_cells(made, SETTING, resolve_scenarios(made), stage="search", layer_count=8).cells
     packs = make_packs(
-        runs, stage="search", prefix="p", size=4, rungs=(25, 100), split="validation"
+        jobs_of(cells, reuse=True),
+        stage="search",
+        prefix="p",
+        size=4,
+        rungs=(25, 100),
+        split="validation",
     )
     assert sum(len(pack.runs) for pack in packs) == len(runs)
     assert max(len(pack.runs) for pack in packs) == 4
     for pack in packs:
         assert len({run.training for run in pack.runs}) == 1
     assert len({pack.name for pack in packs}) == len(packs)
+
+
+@pytest.mark.parametrize(
+    ("runs", "size", "sizes"),
+    [
+        (12, 8, [6, 6]),
+        (6, 4, [3, 3]),
+        (9, 4, [3, 3, 3]),
+        (3, 8, [3]),
+        (9, 3, [3, 3, 3]),
+        (3, 1, [1] * 3),
+    ],
+)
+def test_packs_are_as_even_as_they_come(runs: int, size: int, sizes: list[int]) -> None:
+    """A last pack of two would keep one worker waiting for the others."""
+    made = study()
+    jobs = [
+        Job(str(number), run.model_copy(update={"seed": number}))
+        for number, run in zip(
+            range(runs), itertools.cycle(search_runs(made).values()), strict=False
+        )
+    ]
+    packs = make_packs(
+        jobs, stage="search", prefix="p", size=size, rungs=(100,), split="validation"
+    )
+    assert [len(pack.runs) for pack in packs] == sizes
 
 
 def test_configs_share_the_search_seeds_of_the_controls() -> None:

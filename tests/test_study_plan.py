@@ -255,6 +255,10 @@ def test_planning_writes_nothing(tmp_path: Path) -> None:
         # two mixes of steps and rows: both costs are identified
         ([Sample(100, 600, 22.0), Sample(100, 2000, 50.0)], 0.1, 0.02),
         ([Sample(10, 0, 1.0), Sample(0, 50, 1.0)], 0.1, 0.02),
+        # Measured apart, whatever a fit would make of the totals.
+        ([Sample(100, 600, 22.0, 6.0), Sample(100, 600, 26.0, 6.0)], 0.18, 0.01),
+        # One that did not measure it: the fit again.
+        ([Sample(100, 600, 22.0, 1.0), Sample(100, 2000, 50.0)], 0.1, 0.02),
         # one mix: a row costs a third of a training row; 100 steps + 1600 rows / (16 * 3)
         ([Sample(100, 1600, 40.0)] * 3, 0.3, 0.3 / 48),
         # a fit that would be negative falls back on the same rule
@@ -292,7 +296,8 @@ def test_a_finished_study_calibrates_the_next_plan(
         rows.append(
             TrainingRow(
                 training_key=key, stage="search", seed=replicate, steps=20, step_reached=20,
-                status=status, seconds=60.0 if status == "failed" else 30.0, pack="p", pack_size=4,
+                status=status, seconds=60.0 if status == "failed" else 30.0, pack="p", pack_size=8,
+                lockstep=4,
             )
         )  # fmt: skip
     Ledger(folder.ledger).append(rows)
@@ -335,7 +340,7 @@ def test_the_rows_of_every_draw_are_part_of_what_a_training_cost(
             ),
             TrainingRow(
                 training_key="k", stage="search", seed=0, steps=20, step_reached=20,
-                status="finished", seconds=30.0, pack="p", pack_size=8,
+                status="finished", seconds=30.0, pack="p", pack_size=8, lockstep=8,
             ),
         ]
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from aqn_tune.cli.options import Json, Overrides, StudyFile
+from aqn_tune.cli.options import Json, NoReuse, Overrides, PackSize, StudyFile, with_compute
 from aqn_tune.cli.output import console, duration, print_json, size, table
 from aqn_tune.study.effort import StagePlan
 from aqn_tune.study.loading import load_study
@@ -15,12 +15,19 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def command(study: StudyFile, overrides: Overrides = None, json: Json = False) -> None:
+def command(
+    study: StudyFile,
+    overrides: Overrides = None,
+    pack: PackSize = None,
+    no_reuse: NoReuse = False,
+    json: Json = False,
+) -> None:
     """Say what a study will do: scenarios, arms, runs, time, disk, and the effect it can detect.
 
-    Nothing is trained and nothing is written.
+    Nothing is trained and nothing is written. What other studies have trained already is counted as
+    if they had not.
     """
-    plan = make_plan(load_study(study, overrides or ()))
+    plan = make_plan(load_study(study, with_compute(overrides, pack, no_reuse)))
     if json:
         print_json(plan)
         return
@@ -112,17 +119,19 @@ def _work_row(name: str, stage: StagePlan) -> tuple[object, ...]:
 
 
 def _closing(plan: Plan) -> Iterator[str]:
+    share = "share" if plan.reuse else "do not share (--no-reuse) and take"
     if plan.search is not None:
         rungs = ", ".join(str(step) for step in plan.rungs)
         yield (
             f"search    {plan.configs} configs in each of {len(plan.scenarios)} scenarios beside "
-            f"the controls; rungs at steps {rungs}; {plan.search.cells} control cells share "
+            f"the controls; rungs at steps {rungs}; {plan.search.cells} control cells {share} "
             f"{plan.search.unique} trainings"
         )
     yield (
-        f"confirm   {plan.confirm.cells} cells of controls and own arms share "
+        f"confirm   {plan.confirm.cells} cells of controls and own arms {share} "
         f"{plan.confirm.unique} trainings; finalists come on top"
     )
+    yield f"packs     up to {plan.pack_replicas} runs of one shape share a forward pass"
     found = plan.detectable
     yield (
         f"claims    {found.family} primary contrasts ("

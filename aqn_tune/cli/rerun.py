@@ -125,7 +125,7 @@ def rerun(
         members = [
             other
             for other, row in ledger.trainings.items()
-            if (row.stage, row.pack) == (cell.stage, training.pack)
+            if (row.stage, row.pack, row.source) == (cell.stage, training.pack, training.source)
         ]
     pack = Pack(
         name="rerun",

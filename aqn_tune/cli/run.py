@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from aqn_tune.cli.options import Json, Overrides, Quiet, StudyFile, Verbose
+from aqn_tune.cli.options import (
+    Json,
+    NoReuse,
+    Overrides,
+    PackSize,
+    Quiet,
+    StudyFile,
+    Verbose,
+    with_compute,
+)
 from aqn_tune.cli.output import ProgressLine, set_verbosity
 from aqn_tune.errors import UserError
 from aqn_tune.study.folder import StudyFolder, study_folder, study_hash
@@ -43,11 +52,20 @@ def command(
     study: StudyFile,
     overrides: Overrides = None,
     fresh: Fresh = False,
+    pack: PackSize = None,
+    no_reuse: NoReuse = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:
     """Search, confirm and report. Interrupted or run again, it continues where it was.
+
+    Nothing is trained twice: cells that train alike share a run, and search runs that a study beside
+    this one has trained with the same code, libraries and processor are copied from its ledger
+    (`status` and the report say how many, each row says from where). `--no-reuse` trains a run for
+    every cell that has not trained its own; `--fresh --no-reuse` trains everything. `--fresh` alone
+    may still take runs from other studies. Neither `--pack` nor `--no-reuse` changes a number, so
+    that a study may be continued with and without them.
 
     Exits with 1 when a training of an arm failed, or when the study ends without verdicts; the
     report is written all the same.
@@ -55,7 +73,7 @@ def command(
     from aqn_tune.cli.report import show_results
 
     set_verbosity(verbose)
-    loaded = load_study(study, overrides or ())
+    loaded = load_study(study, with_compute(overrides, pack, no_reuse))
     with ProgressLine(quiet=quiet) as progress:
         from aqn_tune.training.engine import ENGINE
 
@@ -111,6 +129,11 @@ def run_study(
         write_study(study, folder)
         if left:
             write_manifest(folder, study, setting)
+        elif not study.compute.reuse:
+            progress.note(
+                "nothing is left to train, so --no-reuse trains nothing; --fresh --no-reuse trains "
+                "the whole study again, `aqn-tune rerun` one cell of it"
+            )
         board = TensorBoardWriter(folder, study)
         try:
             with ray_session(study.compute) if left else nullcontext():

@@ -11,6 +11,7 @@ from aqn_tune.cli.options import Json, Overrides, Target
 from aqn_tune.cli.output import console, duration, print_json, table
 from aqn_tune.cli.targets import find_target
 from aqn_tune.ledger import Ledger
+from aqn_tune.ledger.rows import lockstep_limits, reused_from
 from aqn_tune.study.folder import StudyFolder, study_hash
 from aqn_tune.study.schema import Study
 from aqn_tune.study.sweep import resolve_scenarios
@@ -46,6 +47,21 @@ def command(target: Target, overrides: Overrides = None, json: Json = False) -> 
         out.print(_counts("Search", "scenario", events, state["configs"]))
     for failure in state["failures"][:SHOWN_FAILURES]:
         out.print(f"failed  {failure['cell']}: {failure['error']}", markup=False, soft_wrap=True)
+    for source, number in state["reused"].items():
+        out.print(f"reused  {number} trainings from {source}", markup=False, soft_wrap=True)
+    again = state["repeated"]
+    if again["trainings"]:
+        out.print(
+            f"repeat  {again['trainings']} trainings that were there already (--no-reuse): "
+            f"{again['steps']:,} steps, {duration(again['seconds'])}",
+            soft_wrap=True,
+        )
+    for reason, number in state["apart"].items():
+        out.print(
+            f"apart   {number} trainings not in lockstep with their whole pack: {reason}",
+            markup=False,
+            soft_wrap=True,
+        )
     done = [name for name, there in state["written"].items() if there]
     out.print(f"written {', '.join(done) or 'nothing yet'}")
 
@@ -59,7 +75,10 @@ def study_status(study: Study, folder: StudyFolder) -> dict[str, Any]:
     """Return the state of a study as plain data, from its ledger alone.
 
     A training is `unfinished` while it waits for its next rung; one whose config has ended, stopped
-    or with another seed failed, takes no further step and counts as `stopped`.
+    or with another seed failed, takes no further step and counts as `stopped`. `reused` counts those
+    that came from other studies, by their folder, `repeated` those that were trained again although
+    they were recorded; the former are among the trainings, the latter are not. `apart` counts those
+    that did not share every forward pass of their pack, by what kept them apart.
     """
     ledger = Ledger(folder.ledger)
     stopped = _stopped_trainings(ledger)
@@ -94,6 +113,9 @@ def study_status(study: Study, folder: StudyFolder) -> dict[str, Any]:
         "seconds_since_last_row": since,
         "trainings": trainings,
         "configs": configs,
+        "reused": reused_from(ledger.trainings.values()),
+        "repeated": ledger.repeated()._asdict(),
+        "apart": lockstep_limits(ledger.trainings.values()),
         "failures": failures,
         "written": {
             "confirm.lock": folder.lock.exists(),

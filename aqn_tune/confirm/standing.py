@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from aqn_tune.confirm.lock import ConfirmLock, check_code, check_lock, make_lock, read_locks
@@ -11,15 +11,9 @@ from aqn_tune.errors import UserError
 from aqn_tune.ledger import Ledger
 from aqn_tune.search.record import Recorder
 from aqn_tune.search.work import FixedPacks
-from aqn_tune.study.cells import (
-    Cell,
-    Finalist,
-    base_pack,
-    make_packs,
-    stage_cells,
-    unique_runs,
-)
+from aqn_tune.study.cells import Cell, Finalist, stage_cells
 from aqn_tune.study.folder import StudyFolder
+from aqn_tune.study.packing import Job, base_pack, jobs_of, make_packs
 from aqn_tune.study.runs import Pack, Setting
 from aqn_tune.study.scenario import Scenario
 from aqn_tune.study.schema import Study
@@ -85,12 +79,12 @@ def locked_work(
     check_lock(folder.lock, held, wanted)
     recorder = recorder or Recorder(Ledger(folder.ledger), folder.root)
     check_recorded(recorder, cells.cells, generation=held.generation)
-    work = FixedPacks(
-        confirm_packs(study, scenarios, cells.cells, folder, layer_count=layer_count),
-        setting=setting,
-        recorder=recorder,
-        state=folder.state,
+    # Nothing of a generation is run once its verdicts are written, not for a comparison either.
+    reuse = study.compute.reuse or verdict_written(folder, held)
+    packs = confirm_packs(
+        study, scenarios, cells.cells, folder, layer_count=layer_count, reuse=reuse
     )
+    work = FixedPacks(packs, setting=setting, recorder=recorder, state=folder.state)
     if work.queued:
         if verdict_written(folder, held):
             raise UserError(
@@ -142,20 +136,38 @@ def confirm_packs(
     folder: StudyFolder,
     *,
     layer_count: int,
+    reuse: bool = True,
 ) -> tuple[Pack, ...]:
-    """Return the packs of the confirmation, the untrained base first."""
+    """Return the packs of the confirmation, the untrained base first.
+
+    With `reuse` cells that train alike share a run; without it each cell trains its own.
+    """
     clean = next(cell.run for cell in cells if cell.arm == "clean")
     packs = make_packs(
-        unique_runs(cells),
+        _exporting(study, cells, folder, jobs_of(cells, reuse=reuse)),
         stage="confirm",
-        prefix=f"g{study.confirm.generation}-",
+        prefix=f"g{study.confirm.generation}-" + ("" if reuse else "own-"),
         size=study.compute.pack_replicas,
         rungs=(study.training.steps,),
         split="test",
-        export=export_folders(study, cells, folder),
     )
     base = base_pack(clean, scenarios, layer_count=layer_count, stage="confirm", split="test")
     return (base, *packs)
+
+
+def _exporting(
+    study: Study, cells: Sequence[Cell], folder: StudyFolder, jobs: Iterable[Job]
+) -> Iterator[Job]:
+    """Yield `jobs` with the folders of their adapters.
+
+    Cells that train for themselves export for themselves: whichever of a training is recorded first
+    then has the adapter that its row names.
+    """
+    shared = export_folders(study, cells, folder)
+    places = {cell.name: _adapter_folder(study, cell, folder) for cell in cells}
+    for job in jobs:
+        wanted = shared.get(job.training_key, "")
+        yield job._replace(export=places.get(job.cell, wanted) if wanted else "")
 
 
 def export_folders(study: Study, cells: Sequence[Cell], folder: StudyFolder) -> dict[str, str]:
@@ -168,7 +180,10 @@ def export_folders(study: Study, cells: Sequence[Cell], folder: StudyFolder) -> 
     for cell in cells:
         finalist = bool(cell.config) and not cell.arm.endswith(("_none", "_global"))
         if wanted == "all" or (wanted == "finalists" and finalist):
-            place = folder.adapters / cell.scenario / cell.arm
-            name = f"g{study.confirm.generation}-s{cell.replicate}"
-            folders.setdefault(cell.training_key, str(place / name))
+            folders.setdefault(cell.training_key, _adapter_folder(study, cell, folder))
     return folders
+
+
+def _adapter_folder(study: Study, cell: Cell, folder: StudyFolder) -> str:
+    name = f"g{study.confirm.generation}-s{cell.replicate}"
+    return str(folder.adapters / cell.scenario / cell.arm / name)

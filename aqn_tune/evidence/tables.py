@@ -47,7 +47,7 @@ class CellResult(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What a stage has spent."""
+    """What a stage has spent. Trainings that were taken from other studies cost nothing."""
 
     stage: Stage
     trainings: int
@@ -187,7 +187,9 @@ class Tables:
         return tuple(self._cost(stage) for stage in stages)
 
     def _cost(self, stage: Stage) -> Cost:
-        trainings = [row for row in self._trainings.values() if row.stage == stage]
+        trainings = [
+            row for row in self._trainings.values() if row.stage == stage and not row.source
+        ]
         return Cost(
             stage=stage,
             trainings=len(trainings),

@@ -58,6 +58,7 @@ def load_results(folder: StudyFolder) -> Results:
         gaps=(*gaps, *_gaps(study, rows, evidence, lock)),
         not_available=missing,
         mechanism=ledger.mechanism,
+        repeated=ledger.repeated(),
     )
 
 

@@ -11,8 +11,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from aqn_tune.ledger import Ledger
+from aqn_tune.ledger.rows import lockstep_limits
 from aqn_tune.report.files import replace_text
-from aqn_tune.study.code import code_hash
+from aqn_tune.study.code import code_hash, hardware
 from aqn_tune.study.folder import StudyFolder, study_hash
 from aqn_tune.study.runs import Setting
 from aqn_tune.study.schema import Study
@@ -42,17 +44,26 @@ def write_manifest(folder: StudyFolder, study: Study, setting: Setting) -> None:
         "model_fingerprint": setting.model_fingerprint,
         "started": earlier.get("started", now),
         "finished": None,
-        "starts": [*earlier.get("starts", []), {"at": now, **_environment()}],
+        "starts": [*earlier.get("starts", []), {"at": now, **_environment(study)}],
     }
     folder.root.mkdir(parents=True, exist_ok=True)
     _write(folder, content)
 
 
 def finish_manifest(folder: StudyFolder) -> None:
-    """Note the time at which the study ended; a folder without a manifest stays without one."""
+    """Note the time at which the study ended, and how its runs shared their forward passes.
+
+    A folder without a manifest stays without one.
+    """
     content = read_manifest(folder)
-    if content:
-        _write(folder, {**content, "finished": _now()})
+    if not content:
+        return
+    trainings = Ledger(folder.ledger).trainings.values()
+    lockstep = {
+        "largest": max((row.lockstep for row in trainings), default=0),
+        "limits": lockstep_limits(trainings),
+    }
+    _write(folder, {**content, "finished": _now(), "lockstep": lockstep})
 
 
 def read_manifest(folder: StudyFolder) -> dict[str, Any]:
@@ -67,10 +78,11 @@ def _write(folder: StudyFolder, content: dict[str, Any]) -> None:
     replace_text(folder.manifest, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _environment() -> dict[str, Any]:
+def _environment(study: Study) -> dict[str, Any]:
     return {
         "aqn_tune": version_of("aqn_tune"),
         "code_hash": code_hash(),
+        "hardware": hardware(study.compute),
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -17,7 +17,8 @@ def run_lines(results: Results) -> list[dict[str, Any]]:
     Columns: stage, generation, scenario, during, one per swept key (`sweep_threshold`), arm,
     config, replicate, seed, training_key, condition (clean or faulty), status, error, step (at
     which the numbers were taken), steps (meant), loss (nats per answer token), exact_match (0..1),
-    rows, affected_fraction and relative_error (of the first fault), seconds, adapter.
+    rows, affected_fraction and relative_error (of the first fault), seconds, source (folder and pack
+    of another study that trained it, empty for this one), adapter.
     """
     return [
         _line(results, cell, condition)
@@ -63,6 +64,7 @@ def _line(results: Results, cell: CellRow, condition: ConditionName) -> dict[str
         "affected_fraction": fault.affected_fraction if fault else None,
         "relative_error": fault.relative_error if fault else None,
         "seconds": results.seconds.get(cell.training_key),
+        "source": training.source if training else "",
         "adapter": training.adapter if training else "",
     }
 

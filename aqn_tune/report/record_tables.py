@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 from aqn_tune.report.results import Results, SearchedConfig
 from aqn_tune.report.scenario_tables import NATS
@@ -113,4 +114,20 @@ def cost_table(results: Results) -> Table:
         "the sum over trainings of their share of a worker's time: "
         f"{duration(total)} in all, for {count(len(results.scenarios), 'scenario')}."
     )
-    return Table("Cost", columns, rows, (note,))
+    return Table("Cost", columns, rows, (note, *_not_counted(results)))
+
+
+def _not_counted(results: Results) -> Iterator[str]:
+    """Yield what the table does not hold: what cost nothing, and what gave no number."""
+    for folder, trainings in results.reused.items():
+        yield (
+            f"{count(trainings, 'training')} of the search came from {folder}, which has trained the "
+            "same with the same code: not counted here."
+        )
+    again = results.repeated
+    if again.trainings:
+        yield (
+            f"{count(again.trainings, 'training')} ({again.steps:,} optimiser steps, "
+            f"{duration(again.seconds)}) only repeated what was recorded already, as asked "
+            "(--no-reuse), and came to the same numbers: not counted here."
+        )

@@ -12,6 +12,7 @@ from aqn_tune.errors import UserError
 from aqn_tune.evidence.arms import ArmEvidence
 from aqn_tune.evidence.assemble import Evidence, ScenarioEvidence
 from aqn_tune.evidence.tables import CellResult, Tables
+from aqn_tune.ledger.ledger import NOTHING_REPEATED, Repeated
 from aqn_tune.ledger.rows import (
     CellRow,
     EvaluationRow,
@@ -19,6 +20,7 @@ from aqn_tune.ledger.rows import (
     MechanismRow,
     SearchRow,
     TrainingRow,
+    reused_from,
 )
 from aqn_tune.report.text import Spread, spread
 from aqn_tune.study.cells import NotAvailable
@@ -69,6 +71,8 @@ class Results:
     """Arms that cannot exist in a scenario, each with its reason."""
     mechanism: Mapping[tuple[str, int], MechanismRow] = field(default_factory=dict)
     """What was seen of each training, by training key and step."""
+    repeated: Repeated = NOTHING_REPEATED
+    """What was trained again although it was recorded."""
 
     @property
     def makes_claims(self) -> bool:
@@ -93,6 +97,11 @@ class Results:
             for row in self.rows
             if isinstance(row, TrainingRow) and (row.step_reached or row.status == "failed")
         }
+
+    @cached_property
+    def reused(self) -> Mapping[str, int]:
+        """How many trainings came from each other study, by its folder."""
+        return reused_from(self.trainings.values())
 
     @cached_property
     def seconds(self) -> Mapping[str, float]:

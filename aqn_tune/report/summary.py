@@ -55,6 +55,8 @@ def summary_of(results: Results, *, markup: bool = False) -> str:
                 lines.append(f"    {symbol} {paint.plain(label)} {mark.text}")
             if answer.conclusion:
                 lines.append(f"    -> {paint.plain(answer.conclusion)}")
+    for folder, number in results.reused.items():
+        lines.append(paint.plain(f"{count(number, 'training')} reused from {folder}"))
     if results.failed:
         lines.append(paint(f"{count(len(results.failed), 'run')} failed", "worse"))
     return "\n".join(lines)

@@ -134,7 +134,7 @@ class TensorBoardWriter:
                 self._training(row)
             elif isinstance(row, MechanismRow):
                 self._mechanism(row)
-            else:
+            elif isinstance(row, EvaluationRow):
                 self._evaluation(row)
         self._flush()
 

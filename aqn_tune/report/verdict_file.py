@@ -43,6 +43,7 @@ def verdict_content(results: Results, *, times: dict[str, Any] | None = None) ->
         "base_clean_loss": evidence.base_clean_loss,
         "scenarios": {one.scenario: _scenario(results, one) for one in evidence.scenarios},
         "not_available": [item._asdict() for item in results.not_available],
+        "reused": dict(results.reused),
         "failed": sorted(cell for run in results.failed for cell in run.cells),
         "times": times or {},
     }

@@ -40,7 +40,8 @@ def ray_session(compute: ComputeSpec) -> Iterator[None]:
     """Have Ray running inside the block; within another session it does nothing.
 
     Without an address Ray is started on this machine with a slot per worker and ended afterwards.
-    With one the cluster is joined, and left running. Raises UserError when it cannot be reached.
+    With one the cluster is joined, and left running. Raises UserError when it cannot be reached, and
+    where this machine has not the GPUs that a worker asks for: its trials would wait for ever.
     """
     _set_quiet()
     import ray
@@ -63,6 +64,12 @@ def ray_session(compute: ComputeSpec) -> Iterator[None]:
     else:
         _join(compute.address)
     try:
+        if compute.address is None and compute.gpus_per_worker > _in_cluster("GPU"):
+            raise UserError(
+                f"compute.gpus_per_worker: got {compute.gpus_per_worker:g}, but Ray finds "
+                f"{_in_cluster('GPU'):g} GPUs on this machine; set it to 0, or name a cluster in "
+                "compute.address"
+            )
         yield
     finally:
         ray.shutdown()

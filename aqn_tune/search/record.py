@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from aqn_tune.errors import UserError
 from aqn_tune.ledger import Ledger
@@ -15,6 +15,7 @@ from aqn_tune.ledger.rows import (
     CellRow,
     EvaluationRow,
     MechanismRow,
+    OwnTrainingRow,
     RecordedRow,
     TrainingRow,
 )
@@ -24,7 +25,15 @@ from aqn_tune.study.runs import Pack
 RowListener = Callable[[Sequence[RecordedRow]], None]
 """Is given rows right after they are on disk."""
 
-_OF_THE_PACK = {"seconds", "pack", "pack_size"}
+_NOT_COMPARED = {
+    "seconds",
+    "eval_seconds",
+    "pack",
+    "pack_size",
+    "lockstep",
+    "lockstep_limit",
+    "source",
+}
 
 
 class Recorder:
@@ -87,11 +96,13 @@ class Recorder:
         """Write what a pack reported at a rung, without what is recorded already.
 
         Raises UserError when a row of the same pack differs from the recorded one: the training is
-        not deterministic, and a continued study could not be trusted. Two packs that hold the same
-        training may differ by rounding; the first one recorded holds.
+        not deterministic, and a continued study could not be trusted. The same goes for a run that a
+        cell trains for itself (`--no-reuse`), whatever pack the recorded one ran in. Two other packs
+        that hold the same training may differ by rounding; the first one recorded holds.
         """
         new: list[RecordedRow] = []
         for row in rows:
+            again = _Again(pack, row.training_key, self._same_pack(row.training_key, pack))
             if isinstance(row, EvaluationRow):
                 if row.final != (row.step == pack.runs[0].training.steps):
                     raise ValueError(
@@ -101,43 +112,70 @@ class Recorder:
                 known_evaluation = self.ledger.evaluations.get(evaluation_id(row))
                 if known_evaluation is None:
                     new.append(row)
-                elif known_evaluation != row and self._same_pack(row.training_key, pack):
-                    raise _differs(pack, known_evaluation, row)
+                else:
+                    again.check(known_evaluation, row)
             elif pack.rungs != (0,):
                 # The base pack takes no step: its rows are no state of the training that it names.
-                self._observations(pack, row, new)
+                self._observations(again, row, new)
                 row = row.model_copy(update={"observations": ()})
-                self._training(pack, self._with_relative_adapter(row), new)
+                self._training(again, self._with_relative_adapter(row), new)
         self.write(new)
 
-    def _observations(self, pack: Pack, row: TrainingRow, new: list[RecordedRow]) -> None:
+    def _observations(self, again: _Again, row: TrainingRow, new: list[RecordedRow]) -> None:
         """Give what was seen of a training rows of its own, ahead of the row that says it got there."""
         for seen in row.observations:
             mechanism = MechanismRow(training_key=row.training_key, **dict(seen))
             known = self.ledger.mechanism.get((row.training_key, seen.step))
             if known is None:
                 new.append(mechanism)
-            elif known != mechanism and self._same_pack(row.training_key, pack):
-                raise _differs(pack, known, mechanism)
+            else:
+                again.check(known, mechanism)
 
-    def _training(self, pack: Pack, row: TrainingRow, new: list[RecordedRow]) -> None:
+    def _training(self, again: _Again, row: TrainingRow, new: list[RecordedRow]) -> None:
         known = self.ledger.trainings.get(row.training_key)
         same_rung = self.ledger.rungs.get((row.training_key, row.step_reached))
-        if (
+        if again.cell and known is not None and _contradict(known, row):
+            again.check(known, row)
+        recorded = (
             known is None
             or broke_off(known)
             or row.step_reached > known.step_reached
             or (known.status == "unfinished" and row.status != "unfinished")
-        ):
+        )
+        if recorded:
             new.append(row)
-        elif same_rung is not None and self._same_pack(row.training_key, pack):
-            old, again = (r.model_dump(exclude=_OF_THE_PACK) for r in (same_rung, row))
-            if old != again:
-                raise _differs(pack, same_rung, row)
+        elif same_rung is not None and not _one_failed_later(same_rung, row):
+            again.check(same_rung, row)
+        if again.cell:
+            self._own(again.cell, row, new, recorded=recorded)
+
+    def _own(self, cell: str, row: TrainingRow, new: list[RecordedRow], *, recorded: bool) -> None:
+        """Say that a cell has brought a run of its own to a rung, unless it is said already."""
+        known = self.ledger.own_trainings.get((row.training_key, cell))
+        if known is not None and (
+            known.status != "unfinished"
+            or (row.step_reached <= known.step_reached and row.status == "unfinished")
+        ):
+            return
+        new.append(
+            OwnTrainingRow(
+                training_key=row.training_key,
+                cell=cell,
+                stage=row.stage,
+                step_reached=row.step_reached,
+                status=row.status,
+                recorded=recorded,
+                seconds=0.0 if recorded else row.seconds,
+                pack=row.pack,
+                pack_size=row.pack_size,
+            )
+        )
 
     def _same_pack(self, training_key: str, pack: Pack) -> bool:
         known = self.ledger.trainings.get(training_key)
-        return known is not None and known.pack == pack.name and known.pack_size == len(pack.runs)
+        if known is None or known.source:
+            return False
+        return known.pack == pack.name and known.pack_size == len(pack.runs)
 
     def _with_relative_adapter(self, row: TrainingRow) -> TrainingRow:
         adapter = Path(row.adapter)
@@ -169,11 +207,60 @@ class Recorder:
         self.write(rows)
 
 
-def _differs(pack: Pack, known: RecordedRow, row: RecordedRow) -> UserError:
-    old, new = known.model_dump(mode="json"), row.model_dump(mode="json")
-    fields = ", ".join(f"{k}: {old[k]} / {new[k]}" for k in old if old[k] != new[k])
-    return UserError(
-        f"pack {pack.name}: a repeated training gave other numbers than those recorded ({fields}). "
-        "The same training must give the same numbers: was the ledger edited, or is this another "
-        "machine or another version? Start anew with --fresh"
-    )
+def _contradict(known: TrainingRow, row: TrainingRow) -> bool:
+    """Return whether of two runs of one training one failed at a step that the other has survived."""
+    failed, other = (known, row) if known.status == "failed" else (row, known)
+    if failed.status != "failed" or other.status == "failed" or broke_off(failed):
+        return False
+    return other.status == "finished" or other.step_reached > failed.step_reached
+
+
+def _one_failed_later(known: TrainingRow, row: TrainingRow) -> bool:
+    """Return whether rows of equal steps are of different rungs, because a run failed between them.
+
+    A run that failed is reported at every later rung, with no step since.
+    """
+    if known.status == row.status == "failed":
+        return not row.train_losses
+    return {known.status, row.status} == {"failed", "unfinished"}
+
+
+class _Again(NamedTuple):
+    """A training whose rows may have been recorded before."""
+
+    pack: Pack
+    """The pack that reports them now."""
+    training_key: str
+    same_pack: bool
+    """Whether it is the one that reported them before."""
+
+    @property
+    def cell(self) -> str:
+        """The cell that this run is trained for alone, empty when it is shared."""
+        return self.pack.own.get(self.training_key, "")
+
+    def check(self, known: RecordedRow, row: RecordedRow) -> None:
+        """Raise UserError when `row` has to be the one that is `known` and differs from it."""
+        if not self.cell and not self.same_pack:
+            return
+        old, new = (one.model_dump(mode="json", exclude=_NOT_COMPARED) for one in (known, row))
+        if self.cell:
+            # Where an adapter lies is no result: every cell that trains for itself has its own.
+            old.pop("adapter", None)
+            new.pop("adapter", None)
+        if old == new:
+            return
+        fields = ", ".join(f"{k}: {old[k]} / {new[k]}" for k in old if old[k] != new[k])
+        if self.cell:
+            raise UserError(
+                f"{self.cell}: trained for itself (--no-reuse) it came to other numbers than those "
+                f"recorded for training {self.training_key} ({fields}). The same training must "
+                "give the same numbers: was the ledger edited, or is this another machine or "
+                "another version? On a GPU, and with an odd number of rows in a batch, packs round "
+                "differently; --pack 1 trains every run alone. Start anew with --fresh"
+            )
+        raise UserError(
+            f"pack {self.pack.name}: a repeated training gave other numbers than those recorded "
+            f"({fields}). The same training must give the same numbers: was the ledger edited, or "
+            "is this another machine or another version? Start anew with --fresh"
+        )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from aqn_tune.ledger import Ledger
 from aqn_tune.ledger.broken import broke_off
+from aqn_tune.ledger.rows import RecordedRow
 from aqn_tune.search.execute import execute
 from aqn_tune.search.export import export_optuna
 from aqn_tune.search.history import History
@@ -13,11 +14,13 @@ from aqn_tune.search.progress import ProgressSink
 from aqn_tune.search.record import Recorder, RowListener
 from aqn_tune.search.rungs import rung_steps
 from aqn_tune.search.search_work import SearchWork
+from aqn_tune.search.shelf import Shelf, announce_taken, open_shelf
 from aqn_tune.search.state import drop_other_states
 from aqn_tune.search.work import FixedPacks
-from aqn_tune.study.cells import Cell, base_pack, make_packs, stage_cells, unique_runs
+from aqn_tune.study.cells import Cell, stage_cells
 from aqn_tune.study.engine import Engine
 from aqn_tune.study.folder import StudyFolder
+from aqn_tune.study.packing import base_pack, jobs_of, make_packs
 from aqn_tune.study.runs import Pack, Setting
 from aqn_tune.study.scenario import Scenario
 from aqn_tune.study.schema import SearchSpec, Study
@@ -45,6 +48,11 @@ def run_search(
     continue. At the end the Optuna studies are exported to `folder.optuna`. Controls that broke off
     are announced and tried again by the next call; `search_left` says whether there are any.
 
+    With `compute.reuse` nothing is trained that the ledger holds, or that a study beside this one
+    has trained with the same code: those rows are copied and name their source. Without it every
+    cell trains a run of its own, also where the ledger holds its training from elsewhere, and the
+    numbers have to be the recorded ones; a cell that has done so before is left alone.
+
     `listeners` are given rows as they are written. Call it inside `ray_session` to share Ray with the
     confirmation; by itself it starts and ends Ray, and only when there is something to run. Raises
     Interrupted on SIGINT or SIGTERM, UserError for what the user can mend.
@@ -52,12 +60,12 @@ def run_search(
     if study.search is None or study.search.configs == 0:
         return
     recorder = Recorder(Ledger(folder.ledger), folder.root, listeners)
-    controls = FixedPacks(
-        control_packs(study, setting, scenarios, recorder, layer_count=layer_count),
-        setting=setting,
-        recorder=recorder,
-        state=folder.state,
-    )
+    packs = control_packs(study, setting, scenarios, recorder, layer_count=layer_count)
+    shelf = open_shelf(study, folder, layer_count=layer_count, announce=announce)
+    taken = announce_taken(recorder.ledger, 0, None)
+    take_over(packs, shelf, setting, recorder)
+    taken = announce_taken(recorder.ledger, taken, announce)
+    controls = FixedPacks(packs, setting=setting, recorder=recorder, state=folder.state)
     work = SearchWork(
         study,
         setting,
@@ -66,6 +74,7 @@ def run_search(
         controls=controls,
         recorder=recorder,
         state=folder.state,
+        shelf=shelf,
     )
     drop_other_states(folder.state, "search", work.waiting)
     left = work.tally().left
@@ -79,9 +88,26 @@ def run_search(
             folder=folder,
             progress=progress,
         )
+    announce_taken(recorder.ledger, taken, announce)
     announce_broken(controls, "search", announce)
     if left or not folder.optuna.exists():
         export_optuna(folder.optuna, study.search.space, scenarios, recorder.ledger)
+
+
+def take_over(packs: Iterable[Pack], shelf: Shelf, setting: Setting, recorder: Recorder) -> None:
+    """Record the runs of `packs` that the shelf has and the ledger has never begun.
+
+    What is to be exported is trained: a recorded training has no weights.
+    """
+    taken: list[RecordedRow] = []
+    for pack in packs:
+        if pack.rungs == (0,):
+            continue
+        for run in pack.runs:
+            key = run.training_key(setting)
+            if key not in recorder.ledger.trainings and key not in pack.export:
+                taken += shelf.find(key, run, pack.rungs) or ()
+    recorder.write(taken)
 
 
 def announce_broken(work: FixedPacks, stage: str, announce: Announce | None) -> None:
@@ -164,10 +190,11 @@ def _packs(
     layer_count: int,
 ) -> tuple[Pack, ...]:
     clean = next(cell.run for cell in cells if cell.arm == "clean")
+    reuse = study.compute.reuse
     packs = make_packs(
-        unique_runs(cells),
+        jobs_of(cells, reuse=reuse),
         stage="search",
-        prefix="control",
+        prefix="control" if reuse else "own-control",
         size=study.compute.pack_replicas,
         rungs=rung_steps(spec, study.training.steps),
         split="validation",

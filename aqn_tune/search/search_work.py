@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aqn_tune.errors import UserError
-from aqn_tune.ledger.rows import LedgerRow, SearchRow
+from aqn_tune.ledger.rows import LedgerRow, RecordedRow, SearchRow
 from aqn_tune.search.asha import ScenarioASHA
 from aqn_tune.search.history import ConfigRecord, History
 from aqn_tune.search.record import Recorder
 from aqn_tune.search.rungs import rung_steps
+from aqn_tune.search.shelf import Shelf
 from aqn_tune.search.state import drop_state, state_path
 from aqn_tune.search.suggest import propose
 from aqn_tune.search.work import Best, FixedPacks, Tally
@@ -52,6 +53,7 @@ class SearchWork:
         controls: FixedPacks,
         recorder: Recorder,
         state: Path,
+        shelf: Shelf | None = None,
     ) -> None:
         if study.search is None:
             raise ValueError("the study has no search")
@@ -63,6 +65,7 @@ class SearchWork:
         self._controls = controls
         self._recorder = recorder
         self._state = state
+        self._shelf = shelf or Shelf()
         self.rungs = rung_steps(study.search, study.training.steps)
         self.history = History(self._scenarios)
         self.asha = ScenarioASHA(
@@ -169,32 +172,49 @@ class SearchWork:
     def _opened(self, scenario: str, record: ConfigRecord) -> _Open:
         cells = self._cells(scenario, record.config, record.params)
         self._recorder.cells(cells)
+        compute = self._study.compute
         pack = Pack(
             name=f"{scenario}-{record.config}",
             stage="search",
             runs=tuple(cell.run for cell in cells),
             rungs=self.rungs,
             split="validation",
+            lockstep=compute.pack_replicas if compute.pack_replicas < len(cells) else None,
+            own={} if compute.reuse else {cell.training_key: cell.name for cell in cells},
         )
         return _Open(scenario, record, cells, pack)
 
     def _answered(self, opened: _Open) -> bool:
-        """Judge a config from the ledger when all of it is there; return whether it was."""
-        if not all(
-            (known := self._recorder.ledger.trainings.get(key)) is not None
-            and known.status == "finished"
-            and all(
-                self._recorder.ledger.evaluation(key, step, c.name, c.scenario, "validation")
-                for step in self.rungs
-                for c in run.conditions
-            )
-            for key, run in zip(opened.keys, opened.pack.runs, strict=True)
-        ):
+        """Judge a config without a trial where all its runs have been trained; return whether so.
+
+        They are in the ledger, under whatever name, or on the shelf. Never so without reuse.
+        """
+        if not self._study.compute.reuse or not self._recorded(opened):
             return False
         for rung in range(len(opened.record.values), len(self.rungs)):
             if not self._judge(opened, rung):
                 break
         drop_state(state_path(self._state, opened.pack))
+        return True
+
+    def _recorded(self, opened: _Open) -> bool:
+        """Return whether the ledger holds every run of a config whole; the shelf gives what it lacks."""
+        ledger = self._recorder.ledger
+        taken: list[RecordedRow] = []
+        for key, run in zip(opened.keys, opened.pack.runs, strict=True):
+            known = ledger.trainings.get(key)
+            if known is None:
+                rows = self._shelf.find(key, run, self.rungs)
+                if rows is None:
+                    return False
+                taken += rows
+            elif known.status != "finished" or not all(
+                ledger.evaluation(key, step, c.name, c.scenario, "validation")
+                for step in self.rungs
+                for c in run.conditions
+            ):
+                return False
+        self._recorder.write(taken)
         return True
 
     def arrived(self, pack: Pack, report: RungReport) -> bool:

@@ -137,23 +137,26 @@ def unfinished_pack(pack: Pack, ledger: Ledger, setting: Setting, state: Path) -
     """Return what is left to run of `pack`: itself, some of its runs, or None.
 
     A run is done when it failed on its own account, or is finished and evaluated at every rung under
-    every condition. A pack with a state file is continued whole.
+    every condition; one that serves a cell alone, when that cell has trained it. A pack with a state
+    file is continued whole.
     """
     keys = [run.training_key(setting) for run in pack.runs]
-    left = [
-        (key, run)
+    left = {
+        key: run
         for key, run in zip(keys, pack.runs, strict=True)
         if not _done(pack, run, key, ledger)
-    ]
+    }
     if not left:
         return None
     if len(left) == len(pack.runs) or read_state(state_path(state, pack), pack) is not None:
         return pack
-    export = {key: pack.export[key] for key, _ in left if key in pack.export}
-    return pack.model_copy(update={"runs": tuple(run for _, run in left), "export": export})
+    return pack.only(left)
 
 
 def _done(pack: Pack, run: Run, key: str, ledger: Ledger) -> bool:
+    if key in pack.own:
+        own = ledger.own_trainings.get((key, pack.own[key]))
+        return own is not None and own.status != "unfinished"
     if pack.rungs != (0,):
         training = ledger.trainings.get(key)
         if training is None or training.status == "unfinished" or broke_off(training):

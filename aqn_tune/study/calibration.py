@@ -39,13 +39,14 @@ class Workload(Spec):
     max_length: int = Field(description="Tokens per row.")
     gradient_accumulation_steps: int = Field(1, description="Microbatches per step.")
     gradient_checkpointing: bool = Field(False, description="Whether activations are recomputed.")
+    compile: bool = Field(False, description="Whether the decoder layers are compiled.")
 
 
 class Rate(Spec):
     """Measured cost of one workload at one pack size."""
 
     workload: Workload = Field(description="What was measured.")
-    pack_size: int = Field(description="Replicates in lockstep.")
+    pack_size: int = Field(description="Replicates in lockstep, in one forward pass.")
     trainings: int = Field(description="Trainings measured.")
     seconds_per_step: float = Field(gt=0, description="Seconds per step of one replicate.")
     seconds_per_row: float = Field(gt=0, description="Seconds per evaluated row of one replicate.")
@@ -80,6 +81,8 @@ class Sample(NamedTuple):
     rows: int
     """Rows evaluated, over all evaluations and their draws."""
     seconds: float
+    eval_seconds: float = 0.0
+    """What of it the evaluations took; 0 where that was not measured."""
 
 
 def calibration_file(output: str) -> Path:
@@ -99,6 +102,7 @@ def workload_of(setting: Setting, training: TrainingSpec) -> Workload:
         max_length=training.max_length,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         gradient_checkpointing=training.gradient_checkpointing,
+        compile=training.compile,
     )
 
 
@@ -179,10 +183,15 @@ def update_calibration(study: Study, setting: Setting, folder: StudyFolder) -> N
 def split_cost(samples: Iterable[Sample], batch_size: int) -> tuple[float, float]:
     """Return seconds per step and seconds per evaluated row.
 
-    Least squares of seconds = a * steps + b * rows; where the samples have all the same mix of the
-    two, or the fit is not positive, a row is taken to cost `FORWARD_SHARE` of a training row.
+    Where the samples say what their evaluations took, that is divided among their rows. Else least
+    squares of seconds = a * steps + b * rows; where the samples have all the same mix of the two, or the
+    fit is not positive, a row is taken to cost `FORWARD_SHARE` of a training row.
     """
     samples = list(samples)
+    steps, rows = sum(s.steps for s in samples), sum(s.rows for s in samples)
+    if rows and all(0 < s.eval_seconds < s.seconds for s in samples):
+        evaluating = math.fsum(s.eval_seconds for s in samples)
+        return (math.fsum(s.seconds for s in samples) - evaluating) / steps, evaluating / rows
     ss = math.fsum(s.steps * s.steps for s in samples)
     rr = math.fsum(s.rows * s.rows for s in samples)
     sr = math.fsum(s.steps * s.rows for s in samples)
@@ -218,8 +227,10 @@ def _samples(
         training = trainings.get(key)
         if training is None or row.status != "finished" or not ledger.seconds[key] > 0:
             continue
-        sample = Sample(row.step_reached, rows.get(key, 0), ledger.seconds[key])
-        groups.setdefault((workload_of(setting, training), row.pack_size), []).append(sample)
+        sample = Sample(
+            row.step_reached, rows.get(key, 0), ledger.seconds[key], ledger.eval_seconds[key]
+        )
+        groups.setdefault((workload_of(setting, training), row.lockstep), []).append(sample)
     return groups
 
 

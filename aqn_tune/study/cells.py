@@ -1,8 +1,8 @@
-"""From a study to its cells and packs: which run stands for which arm, scenario and replicate."""
+"""From a study to its cells: which run stands for which arm, scenario and replicate."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from aqn_tune.errors import UserError
@@ -11,7 +11,7 @@ from aqn_tune.study.arms import ArmSpec
 from aqn_tune.study.resolve import conditions_of as conditions_of
 from aqn_tune.study.resolve import resolve_run as resolve_run
 from aqn_tune.study.resolve import training_of as training_of
-from aqn_tune.study.runs import Condition, Pack, Run, Setting, Split, pack_key
+from aqn_tune.study.runs import Run, Setting
 from aqn_tune.study.scenario import Scenario
 from aqn_tune.study.schema import Study
 from aqn_tune.study.seeds import Stage, replicate_seed
@@ -28,6 +28,11 @@ class Cell(NamedTuple):
     replicate: int
     run: Run
     training_key: str
+
+    @property
+    def name(self) -> str:
+        """The cell as `aqn-tune rerun` takes it: stage/scenario/arm/replicate."""
+        return f"{self.stage}/{self.scenario}/{self.arm}/{self.replicate}"
 
 
 class NotAvailable(NamedTuple):
@@ -165,53 +170,3 @@ def unique_runs(cells: Iterable[Cell]) -> dict[str, Run]:
             conditions = known.conditions + added
             runs[cell.training_key] = known.model_copy(update={"conditions": conditions})
     return runs
-
-
-def make_packs(
-    runs: Mapping[str, Run],
-    *,
-    stage: Stage,
-    prefix: str,
-    size: int,
-    rungs: tuple[int, ...],
-    split: Split,
-    export: Mapping[str, str] | None = None,
-) -> tuple[Pack, ...]:
-    """Group runs into packs of at most `size` runs of equal pack key, keeping their order.
-
-    `export` maps training keys to the folder that receives their adapter.
-    """
-    open_packs: dict[str, list[Run]] = {}
-    groups: list[list[Run]] = []
-    for run in runs.values():
-        key = pack_key(run)
-        group = open_packs.get(key)
-        if group is None or len(group) >= size:
-            group = open_packs[key] = []
-            groups.append(group)
-        group.append(run)
-    wanted = export or {}
-    keys = {id(run): key for key, run in runs.items()}
-    packs = []
-    for number, group in enumerate(groups):
-        exports = {keys[id(run)]: wanted[keys[id(run)]] for run in group if keys[id(run)] in wanted}
-        name = f"{prefix}{number:03d}"
-        packs.append(
-            Pack(
-                name=name, stage=stage, runs=tuple(group), rungs=rungs, split=split, export=exports
-            )
-        )
-    return tuple(packs)
-
-
-def base_pack(
-    run: Run, scenarios: Sequence[Scenario], *, layer_count: int, stage: Stage, split: Split
-) -> Pack:
-    """Return the pack that evaluates the untrained base under every condition of the study."""
-    conditions: dict[str, Condition] = {}
-    for scenario in scenarios:
-        for condition in conditions_of(scenario, layer_count):
-            conditions[f"{condition.name} {condition.scenario}"] = condition
-    # An arm that leaves layers out is another model: the untrained base has them all.
-    base = run.model_copy(update={"conditions": tuple(conditions.values()), "skip": ()})
-    return Pack(name="base", stage=stage, runs=(base,), rungs=(0,), split=split)

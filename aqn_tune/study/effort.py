@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aqn_tune.search.rungs import rung_steps
-from aqn_tune.study.cells import ArmCells, unique_runs
+from aqn_tune.study.cells import ArmCells
+from aqn_tune.study.packing import jobs_of
 from aqn_tune.study.scenario import Scenario
 from aqn_tune.study.schema import Study
 from aqn_tune.study.seeds import Stage, replicate_seed
@@ -44,7 +45,7 @@ class StagePlan:
     cells: int
     """Arm x scenario x replicate of the arms known now."""
     unique: int
-    """Trainings that serve those cells."""
+    """Trainings that serve those cells: as many as the cells where nothing is reused."""
     seeds: tuple[int, ...]
     split_rows: int
     """Rows of the split on which the stage evaluates."""
@@ -57,12 +58,13 @@ class StagePlan:
 def search_plan(study: Study, scenarios: Sequence[Scenario], cells: ArmCells) -> StagePlan:
     """Return the work of the search: its controls, and its configs as far as ASHA lets them go.
 
-    ASHA is counted as keeping exactly one in `reduction_factor` at each rung.
+    ASHA is counted as keeping exactly one in `reduction_factor` at each rung. What other studies have
+    trained already is counted as if they had not.
     """
     if study.search is None:
         raise ValueError("the study has no search")
     rungs, rows = rung_steps(study.search, study.training.steps), split_rows(study, "search")
-    controls = _trainings_work(cells, rungs, rows) + _base_work(cells, rows)
+    controls = _trainings_work(study, cells, rungs, rows) + _base_work(cells, rows)
     replicates = study.search.replicates
     expected = most = NOTHING
     for passes in _passes(scenarios, cells):
@@ -93,19 +95,20 @@ def _passes(scenarios: Sequence[Scenario], cells: ArmCells) -> tuple[int, ...]:
 def confirm_plan(study: Study, scenarios: Sequence[Scenario], cells: ArmCells) -> StagePlan:
     """Return the work of the confirmation, with every finalist and twin that it may bring."""
     rungs, rows = (study.training.steps,), split_rows(study, "confirm")
-    work = _trainings_work(cells, rungs, rows) + _base_work(cells, rows)
+    work = _trainings_work(study, cells, rungs, rows) + _base_work(cells, rows)
     # A finalist and its `global` twin; its `none` twin is `fault_only` unless the search may change
-    # more than the noise.
+    # more than the noise, or nothing is shared.
     dimensions = study.search.space.dimensions if study.search else {}
-    arms = 3 if {"learning_rate", "rank"} & set(dimensions) else 2
+    shared = study.compute.reuse and not {"learning_rate", "rank"} & set(dimensions)
+    arms = 2 if shared else 3
     finalists = study.finalist_count() * arms * study.confirm.replicates
     for passes in _passes(scenarios, cells):
         work += _rung_work(finalists, study.training.steps, passes, rows, True)
     return _stage_plan(study, "confirm", cells, rows, work, work)
 
 
-def _trainings_work(cells: ArmCells, rungs: Sequence[int], rows: int) -> Work:
-    runs = unique_runs(cells.cells).values()
+def _trainings_work(study: Study, cells: ArmCells, rungs: Sequence[int], rows: int) -> Work:
+    runs = [job.run for job in jobs_of(cells.cells, reuse=study.compute.reuse)]
     evaluations = sum(c.draws for run in runs for c in run.conditions) * len(rungs)
     return Work(len(runs), len(runs) * rungs[-1], evaluations, evaluations * rows)
 
@@ -125,7 +128,7 @@ def _stage_plan(
     generation = 0 if stage == "search" else study.confirm.generation
     return StagePlan(
         cells=len(cells.cells),
-        unique=len(unique_runs(cells.cells)),
+        unique=len(jobs_of(cells.cells, reuse=study.compute.reuse)),
         seeds=tuple(
             replicate_seed(study.seed, stage, index, generation=generation)
             for index in range(replicates)

@@ -119,6 +119,10 @@ class Plan:
     layer_count: int
     workers: int | None
     """Trials at a time; None where the size of the cluster decides."""
+    pack_replicas: int
+    """Most runs that share a forward pass."""
+    reuse: bool
+    """Whether cells that train alike share a run, and search runs come from other studies."""
     training_steps: int
     schedule: tuple[SigmaStage, ...]
     """Sigma of the noised controls."""
@@ -158,6 +162,8 @@ def make_plan(study: Study) -> Plan:
         model=study.model.path,
         layer_count=layers,
         workers=_worker_count(study),
+        pack_replicas=study.compute.pack_replicas,
+        reuse=study.compute.reuse,
         training_steps=study.training.steps,
         schedule=_stages(study.controls.schedule.table(study.training.steps)),
         scenarios=tuple(_scenario_plan(study, s, layers) for s in scenarios),

@@ -92,7 +92,12 @@ class ComputeSpec(Spec):
         "auto", description="Trials at a time; auto: one per CPU core."
     )
     pack_replicas: int = Field(
-        8, ge=1, description="Most runs that advance in lockstep in one trial."
+        8, ge=1, description="Most runs that advance in lockstep, in one forward pass."
+    )
+    reuse: bool = Field(
+        True,
+        description="Train nothing twice: cells that train alike share a run, and search runs come "
+        "from other studies of the output folder that have trained them with the same code.",
     )
     cpus_per_worker: float = Field(1.0, gt=0, description="CPUs that Ray reserves per trial.")
     gpus_per_worker: float = Field(0.0, ge=0, description="GPUs that Ray reserves per trial.")
