@@ -10,6 +10,7 @@ from fake_ledger import write_fake
 
 from aqn_tune.ledger.rows import EvaluationRow, QuantizerMeasure
 from aqn_tune.report.device_tables import device_tables, draws_table, quantizer_table
+from aqn_tune.report.generated_table import generated_tables
 from aqn_tune.report.loading import load_results
 from aqn_tune.report.page import context, render_html, render_markdown
 from aqn_tune.report.parquet import run_lines
@@ -113,3 +114,21 @@ def test_draws_are_columns_of_the_runs(plain: Results) -> None:
     assert faulty["exact_match_sd_over_draws"] == 0.25
     clean = next(line for line in lines if line["condition"] == "clean" and line["loss"])
     assert (clean["draws"], clean["loss_sd_over_draws"]) == (1, None)
+
+
+def test_written_answers_stand_beside_the_teacher_forced(plain: Results) -> None:
+    assert generated_tables(plain, "both") == ()
+    shares = {"exact_match": 0.5, "generated_exact_match": 0.25, "answer_match": 0.75}
+    results = planted(plain, lambda row: shares)
+    (table,) = generated_tables(results, "both")
+    assert table.rows[0][0] == "threshold 0.1"
+    arm, *cells = table.rows[0][1:]
+    assert arm in {a.arm for a in results.evidence.scenarios[0].arms}
+    means = [cell.split(" ")[0] for cell in cells]
+    assert means == ["50.0", "25.0", "75.0"]
+    assert "Written answers" in render_html(context(results))
+    assert "Written answers" in render_markdown(context(results))
+    lines = [line for line in run_lines(results) if line["condition"] == "faulty" and line["loss"]]
+    assert {(line["generated_exact_match"], line["answer_match"]) for line in lines} == {
+        (0.25, 0.75)
+    }

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from test_injection_models import ARCHITECTURES, build
-from tiny import CLEAN, LAYERS, save_tiny_model, tiny_setting, tiny_training
+from tiny import CLEAN, LAYERS, one_pack, save_tiny_model, tiny_setting, tiny_training
 from torch import nn
 
 from aqn_tune.errors import UserError
@@ -20,11 +20,14 @@ from aqn_tune.models.load import build_model, load_tokenizer
 from aqn_tune.models.spec import ModelSpec
 from aqn_tune.quantization import MXFP4
 from aqn_tune.study.device import HEALTHY, Device
+from aqn_tune.study.engine import RungReport
 from aqn_tune.study.runs import Condition, Run
 from aqn_tune.tasks import Example, WordProblems
 from aqn_tune.tasks.base import prompt
+from aqn_tune.training import engine as engine_module
 from aqn_tune.training import generate as generate_module
 from aqn_tune.training.data import TokenSet, answer_logits, load_tokens, token_loss
+from aqn_tune.training.engine import ENGINE
 from aqn_tune.training.generate import EXTRA_TOKENS, Generated, generated_exact_match
 from aqn_tune.training.pack import ReplicaPack
 from aqn_tune.training.passes import folded
@@ -471,3 +474,50 @@ def test_failed_runs_write_nothing(folder: Path) -> None:
     pack = trained(folder, run, run.model_copy(update={"seed": 4}))
     pack.failures[0] = "diverged"
     assert [one.replica for one in written(pack, plain_prompts(vocabulary=384))] == [1]
+
+
+# -- in a study ------------------------------------------------------------------------------------
+
+
+def two_rungs(folder: Path, *, generate: bool) -> list[RungReport]:
+    setting = tiny_setting(folder)
+    runs = [
+        Run(
+            training=tiny_training(),
+            seed=seed,
+            conditions=(CLEAN, under("s", DEVICES["token by token"])),
+        )
+        for seed in (2, 4)
+    ]
+    opened = ENGINE.open_pack(
+        one_pack(*runs, rungs=(3, 6), generate=generate), setting, ENGINE.load_base(setting)
+    )
+    return [opened.advance(), opened.advance()]
+
+
+def test_a_pack_that_is_asked_to_writes_at_its_last_rung(folder: Path) -> None:
+    first, last = two_rungs(folder, generate=True)
+    assert {row.generated_exact_match for row in first.evaluations} == {None}
+    assert len(last.evaluations) == 4
+    for row in last.evaluations:
+        assert row.generated_exact_match == row.exact_match, "the fault looks at its own token only"
+        assert row.answer_match is not None
+        assert row.answer_match >= row.generated_exact_match
+    _, plain = two_rungs(folder, generate=False)
+    without = {"generated_exact_match": None, "answer_match": None}
+    assert [row.model_copy(update=without) for row in last.evaluations] == list(plain.evaluations)
+    assert "generated_exact_match" not in plain.evaluations[0].model_dump()
+
+
+def test_a_run_that_wrote_on_the_wrong_device_is_failed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(pack: ReplicaPack, *args: Any, **fields: Any) -> Any:
+        for one in generated_exact_match(pack, *args, **fields):
+            yield one._replace(error="not this device") if one.replica else one
+
+    monkeypatch.setattr(engine_module, "generated_exact_match", wrong)
+    _, last = two_rungs(folder, generate=True)
+    assert [row.status for row in last.trainings] == ["finished", "failed"]
+    assert last.trainings[1].error == "not this device"
+    assert {row.training_key for row in last.evaluations} == {last.trainings[0].training_key}

@@ -150,6 +150,7 @@ def confirm_packs(
         size=study.compute.pack_replicas,
         rungs=(study.training.steps,),
         split="test",
+        generate=study.confirm.generate,
     )
     base = base_pack(clean, scenarios, layer_count=layer_count, stage="confirm", split="test")
     return (base, *packs)

@@ -72,6 +72,17 @@ class EvaluationRow(TakenRow):
     exact_match: float = Field(
         description="Share of rows whose whole answer is predicted, teacher-forced; mean over the draws."
     )
+    generated_exact_match: float | None = Field(
+        None,
+        exclude_if=lambda share: share is None,
+        description="Share of rows whose whole answer the model writes by itself (greedy decoding), mean "
+        "over the draws; null where it was not asked to.",
+    )
+    answer_match: float | None = Field(
+        None,
+        exclude_if=lambda share: share is None,
+        description="Share of rows in whose written answer the task reads the right final answer.",
+    )
     draws: int = Field(1, description="Draws of the random faults, or unseen devices.")
     loss_sd: float | None = Field(
         None, description="Standard deviation of the loss over the draws; null for a single draw."

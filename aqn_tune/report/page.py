@@ -12,6 +12,7 @@ from aqn_tune.report.curve import EXACT_MATCH, LOSS, curve_svg
 from aqn_tune.report.device_tables import device_tables, effect_text
 from aqn_tune.report.exploratory_table import exploratory_table, explored
 from aqn_tune.report.forest import forest_svg
+from aqn_tune.report.generated_table import generated_tables
 from aqn_tune.report.mechanism_figure import CAPTION, DEFINITION, mechanism_sections
 from aqn_tune.report.record_tables import cost_table, failed_table, missing_table, search_table
 from aqn_tune.report.results import Results, cell_id
@@ -109,7 +110,7 @@ def _part(results: Results, during: During, found: tuple[Exploratory, ...]) -> P
         answers=answers(results, during),
         curves=tuple(curve for curve in curves if curve),
         scenarios=scenario_table(results, during),
-        devices=device_tables(results, during),
+        devices=(*device_tables(results, during), *generated_tables(results, during)),
         forest=forest_svg(results, during) if claims else "",
         contrasts=contrasts_table(results, during) if claims else None,
         recovery=recovery_table(results, during),

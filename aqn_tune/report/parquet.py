@@ -57,6 +57,8 @@ def _line(results: Results, cell: CellRow, condition: ConditionName) -> dict[str
         "steps": training.steps if training else None,
         "loss": row.loss if row else None,
         "exact_match": row.exact_match if row else None,
+        "generated_exact_match": row.generated_exact_match if row else None,
+        "answer_match": row.answer_match if row else None,
         "rows": row.rows if row else None,
         "draws": row.draws if row else None,
         "loss_sd_over_draws": row.loss_sd if row else None,
@@ -72,6 +74,8 @@ def _line(results: Results, cell: CellRow, condition: ConditionName) -> dict[str
 NUMBERS = (
     "loss",
     "exact_match",
+    "generated_exact_match",
+    "answer_match",
     "loss_sd_over_draws",
     "exact_match_sd_over_draws",
     "affected_fraction",

@@ -55,6 +55,7 @@ def make_packs(
     size: int,
     rungs: tuple[int, ...],
     split: Split,
+    generate: bool = False,
 ) -> tuple[Pack, ...]:
     """Group runs into packs of at most `size` runs of equal pack key, keeping their order.
 
@@ -82,6 +83,7 @@ def make_packs(
             runs=tuple(job.run for job in group.jobs.values()),
             rungs=rungs,
             split=split,
+            generate=generate,
             export={key: job.export for key, job in group.jobs.items() if job.export},
             own={key: job.cell for key, job in group.jobs.items() if job.cell},
         )

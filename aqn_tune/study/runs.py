@@ -122,6 +122,9 @@ class Pack(Spec):
         default_factory=dict,
         description="Training keys to export at the last rung, each with its adapter folder.",
     )
+    generate: bool = Field(
+        False, description="At the last rung, let every run write its answers as well."
+    )
     lockstep: int | None = Field(
         None,
         ge=1,

@@ -80,6 +80,14 @@ class ConfirmSpec(Spec):
         ge=0,
         description="Generation of confirm seeds; raise it to confirm afresh after seeing results.",
     )
+    # Left out of dumps at its default, so that studies written before it existed keep their identity.
+    generate: bool = Field(
+        False,
+        exclude_if=lambda generate: not generate,
+        description="Let every confirmed model write its answers as well (greedy decoding), on each "
+        "device it is deployed on, and report how many are right. Takes a few times as long as the "
+        "evaluation beside it.",
+    )
     export: Literal["finalists", "all", "none"] = Field(
         "finalists", description="Which confirmed adapters are exported as PEFT folders."
     )

@@ -18,10 +18,11 @@ from aqn_tune.errors import UserError
 from aqn_tune.ledger.rows import EvaluationRow, TrainingRow
 from aqn_tune.models.load import base_arrays, build_model, load_tokenizer
 from aqn_tune.study.engine import BaseArrays, Engine, PackTraining, RungReport
-from aqn_tune.study.runs import Pack, Setting, Split
+from aqn_tune.study.runs import Condition, Pack, Setting, Split
 from aqn_tune.training.data import TokenSet, load_tokens
 from aqn_tune.training.evaluate import Evaluated, evaluate
 from aqn_tune.training.export import export_adapter, export_full
+from aqn_tune.training.generate import Generated, generated_exact_match
 from aqn_tune.training.memory import Fit, fitting, is_out_of_memory
 from aqn_tune.training.pack import ReplicaPack, ReplicaState
 from aqn_tune.training.stacked import obstacle
@@ -131,9 +132,21 @@ class TorchPack:
                 if replica not in member.failures
             }
             started = time.perf_counter()
+            before = member.weights_hash()
             evaluations = self._evaluate(member)
+            written = self._generate(member)
+            if member.weights_hash() != before:
+                for replica in range(len(member.runs)):
+                    error = "weight audit: weights changed during evaluation"
+                    member.failures.setdefault(replica, error)
             self._eval_seconds += time.perf_counter() - started
-            rows.extend(self._evaluation_row(member, keys, each, step) for each in evaluations)
+            rows.extend(
+                self._evaluation_row(
+                    member, keys, each, written.get((each.replica, each.condition)), step
+                )
+                for each in evaluations
+                if each.replica not in member.failures
+            )
             for replica, key in enumerate(keys):
                 row = self._training_row(member, replica, key, step)
                 if row.status != "failed":
@@ -151,20 +164,43 @@ class TorchPack:
     def _evaluate(self, member: ReplicaPack) -> list[Evaluated]:
         """Return the evaluations that count; a run of which one does not is marked failed."""
         split = self._pack.split
-        before = member.weights_hash()
         results = list(
             evaluate(member, self._split(split), self._setting.eval_batch_size, stream=split)
         )
-        if member.weights_hash() != before:
-            error = "weight audit: weights changed during evaluation"
-            results = [result._replace(error=result.error or error) for result in results]
         for result in results:
             if result.error:
                 member.failures.setdefault(result.replica, result.error)
         return [result for result in results if result.replica not in member.failures]
 
+    def _generate(self, member: ReplicaPack) -> dict[tuple[int, Condition], Generated]:
+        """Return what the living runs write, by replica and condition; nothing where none was asked for.
+
+        A run whose device was not as declared while it wrote is marked failed.
+        """
+        if not self._pack.generate or self._rung < len(self._pack.rungs) - 1:
+            return {}
+        split = self._pack.split
+        written = generated_exact_match(
+            member,
+            self._split(split),
+            self._setting.eval_batch_size,
+            stream=split,
+            decode=load_tokenizer(self._setting.model).decode,
+        )
+        found: dict[tuple[int, Condition], Generated] = {}
+        for one in written:
+            if one.error:
+                member.failures.setdefault(one.replica, one.error)
+            found[one.replica, one.condition] = one
+        return found
+
     def _evaluation_row(
-        self, member: ReplicaPack, keys: Sequence[str], result: Evaluated, step: int
+        self,
+        member: ReplicaPack,
+        keys: Sequence[str],
+        result: Evaluated,
+        written: Generated | None,
+        step: int,
     ) -> EvaluationRow:
         return EvaluationRow(
             training_key=keys[result.replica],
@@ -176,6 +212,8 @@ class TorchPack:
             rows=len(self._split(self._pack.split).tokens),
             loss=result.loss if math.isfinite(result.loss) else None,
             exact_match=result.exact_match,
+            generated_exact_match=written.exact_match if written else None,
+            answer_match=written.answer_match if written else None,
             draws=len(result.losses),
             loss_sd=_finite(result.loss_sd),
             exact_match_sd=result.exact_match_sd,
