@@ -47,7 +47,7 @@ def write_study(tmp_path: Path, workers: int, packed: int) -> Path:
             "replicates": 2,
             "rungs": [0.5, 1.0],
         },
-        "confirm": {"finalists": 1, "replicates": 6},
+        "confirm": {"finalists": 1, "replicates": 6, "generate": True},
         "compute": {"workers": workers, "pack_replicas": packed},
         "output": str(tmp_path / "runs"),
     }
