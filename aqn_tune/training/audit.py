@@ -41,6 +41,16 @@ def is_audited(run: Run, step: int) -> bool:
     return run.noise is not None and step in _audited_steps(run.noise)
 
 
+def guards_weights(run: Run, step: int) -> bool:
+    """Return whether a step watches that nothing but its update changes a trained weight.
+
+    The first step does, and the first and the last noised one: noise that is written into weights and
+    left there shows in both, and a copy of all weights in every step would be dear.
+    """
+    noised = _audited_steps(run.noise) if run.noise is not None else ()
+    return step == 0 or (bool(noised) and step in (min(noised), max(noised)))
+
+
 @lru_cache(maxsize=64)
 def _audited_steps(noise: EffectiveNoise) -> frozenset[int]:
     steps = range(len(noise.sigma))

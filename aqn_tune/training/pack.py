@@ -22,7 +22,12 @@ from aqn_tune.study.runs import Run
 from aqn_tune.study.seeds import stream_seed
 from aqn_tune.study.training import Lora
 from aqn_tune.training.arena import Arena
-from aqn_tune.training.audit import audit_run, is_audited, layers_without_gradient
+from aqn_tune.training.audit import (
+    audit_run,
+    guards_weights,
+    is_audited,
+    layers_without_gradient,
+)
 from aqn_tune.training.compiled import CompiledLayers
 from aqn_tune.training.data import TokenSet, answer_logits, answer_loss
 from aqn_tune.training.learning_rate import learning_rate
@@ -335,11 +340,8 @@ class ReplicaPack:
         return stream_seed(self.runs[replica].seed, stream, self.step, *place)
 
     def _guards_weights(self) -> bool:
-        """Return whether this step watches that nothing but the update changes a trained weight.
-
-        A copy of all weights is dear; noise that is written into them shows where noise begins and ends.
-        """
-        return not self.frozen and (self.step == 0 or bool(self._audited(self.step)))
+        """Return whether this step watches that nothing but the update changes a trained weight."""
+        return not self.frozen and any(guards_weights(run, self.step) for run in self.runs)
 
     def _audited(self, step: int) -> frozenset[int]:
         """Return the living replicas whose noise is measured in this step."""
