@@ -30,6 +30,7 @@ from aqn_tune.training.data import load_tokens
 from aqn_tune.training.engine import ENGINE
 from aqn_tune.training.mechanism import Mechanism
 from aqn_tune.training.pack import ReplicaPack
+from aqn_tune.training.state import state_of
 
 torch.set_num_threads(1)
 
@@ -383,7 +384,7 @@ def test_losses_weights_and_audits_are_the_same_without_observation(folder: Path
     assert torch.equal(seen.arena.weights, plain.arena.weights)
     assert [seen.audit(i) for i in range(len(runs))] == [plain.audit(i) for i in range(len(runs))]
     for replica in range(len(runs)):
-        a, b = seen.state(replica), plain.state(replica)
+        a, b = state_of(seen, replica), state_of(plain, replica)
         assert a._replace(row={}, observations=[]) == b._replace(row={}, observations=[])
     assert plain.observations == [[] for _ in runs]
 

@@ -16,10 +16,13 @@ from aqn_tune.faults.base import Draws
 from aqn_tune.injection.address import Address, AddressBook
 from aqn_tune.injection.apply import apply_fault, apply_quantizer, quantizer_defect
 from aqn_tune.injection.draws import CallDraws, Scratch, keyed_normal
-from aqn_tune.injection.fold import Entry, FaultSlot, NoiseSlot, QuantizerSlot, SeedOf
+from aqn_tune.injection.fold import Entry, FaultSlot, NoiseSlot, SeedOf
 from aqn_tune.injection.layout import Layout, Site
 from aqn_tune.injection.measure import FaultTally, NoiseAudit, QuantizerTally
 from aqn_tune.injection.observe import ActivationWatch
+from aqn_tune.injection.shared_input import SharedInputs
+from aqn_tune.injection.swap import ForwardSwap
+from aqn_tune.injection.view import FoldView
 from aqn_tune.injection.weights import WeightSite, forward_with
 from aqn_tune.quantization import straight_through
 from aqn_tune.study.seeds import stream_seed
@@ -68,17 +71,14 @@ class Injection:
         self._seed_of = seed_of
         self._part = part
         self._handles: list[RemovableHandle] = []
-        self._replaced: list[tuple[nn.Module, Any]] = []
+        self._forwards = ForwardSwap()
         self._valid = torch.empty(0)
-        self._fold = torch.Size()
+        self._view = FoldView(self.replicas, 0)
         self._step = 0
         self._microbatch = 0
         self._audited: frozenset[int] = frozenset()
         self._counting = True
-        self._quantized: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
-        """By slots the last input that they quantized, and what came out."""
-        self._measured: dict[int, Tensor] = {}
-        """By slot the last input that was measured."""
+        self._inputs = SharedInputs()
         self._scratch = Scratch(next(book.model.parameters()).device)
         self._masks: dict[tuple[str, int], dict[tuple[int, ...], Tensor | None]] = {}
 
@@ -148,13 +148,12 @@ class Injection:
             audited: Replicas whose realised noise is measured in this pass.
         """
         self._valid = valid.unsqueeze(2)
-        self._fold = valid.shape
+        self._view = FoldView(*valid.shape)
         self._step = step
         self._microbatch = microbatch
         self._audited = audited
         self._counting = True
-        self._quantized.clear()
-        self._measured.clear()
+        self._inputs.clear()
         self.number += 1
 
     def forward_done(self) -> None:
@@ -172,8 +171,7 @@ class Injection:
             if not self._has(weight.address, "weight"):
                 continue
             host = cast(nn.Module, weight.host or weight.module)
-            self._replaced.append((host, host.__dict__.get("forward")))
-            host.__dict__["forward"] = partial(self._forward, weight)
+            self._forwards.put(host, partial(self._forward, weight))
         return self
 
     def __exit__(
@@ -184,14 +182,9 @@ class Injection:
     ) -> None:
         for handle in self._handles:
             handle.remove()
-        for module, before in self._replaced:
-            del module.__dict__["forward"]
-            if before is not None:
-                module.__dict__["forward"] = before
         self._handles.clear()
-        self._replaced.clear()
-        self._quantized.clear()
-        self._measured.clear()
+        self._forwards.restore()
+        self._inputs.clear()
 
     @contextmanager
     def lifted(self) -> Iterator[None]:
@@ -228,7 +221,7 @@ class Injection:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         name = "hidden_states"
         given = args[0] if args else kwargs[name]
-        x = self._folded(given)
+        x = self._view.folded(given)
         # The last hook is the first that a gradient meets on its way back.
         for slot, tally in reversed(site.grad_input):
             x = self.watched(site.address, slot, tally, x)
@@ -244,8 +237,8 @@ class Injection:
                 kind, active = slot.spec.kind, slot.active
                 self.watch.see(site.address, "input", "fault", kind, active, before, x)
         if site.skips:  # what passes a layer by does not enter it
-            x = _with_rows(x, site.skips, self._folded(given))
-        x = self._unfolded(x, given)
+            x = _with_rows(x, site.skips, self._view.folded(given))
+        x = self._view.unfolded(x, given)
         return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, name: x})
 
     def _on_output(
@@ -263,7 +256,7 @@ class Injection:
             return None
         # A decoder layer returns a tensor in transformers 5 and a tuple in 4.
         given: Tensor = out[0] if isinstance(out, tuple) else out
-        x = self._folded(given)
+        x = self._view.folded(given)
         everyone = range(self.replicas)
         for slot in site.noise:
             before, x = x, self.noised(site.address, slot, x, everyone)
@@ -280,38 +273,10 @@ class Injection:
         for fault, tally in reversed(site.grad_output):
             x = self.watched(site.address, fault, tally, x)
         if site.skips:
-            entered = self._folded(args[0] if args else kwargs["hidden_states"])
+            entered = self._view.folded(args[0] if args else kwargs["hidden_states"])
             x = _with_rows(x, site.skips, entered)
-        x = self._unfolded(x, given)
+        x = self._view.unfolded(x, given)
         return (x, *out[1:]) if isinstance(out, tuple) else x
-
-    def _folded(self, x: Tensor) -> Tensor:
-        """Return what a module sees as [K, N, D]; the heads of a token are parts of its one vector."""
-        # No view where none is needed: adapters add to outputs in place, and through a view the
-        # backward pass of that makes copies.
-        if x.shape[:-1] == self._fold:
-            return x
-        tokens = self._valid.shape[1]
-        if self._heads_first(x):
-            x = x.transpose(1, 2)
-        elif x.dim() < 4 and x.numel() != self.replicas * tokens * x.shape[-1]:
-            raise RuntimeError(
-                f"a site sees values of shape {tuple(x.shape)}, and the pass was announced with "
-                f"{self.replicas} replicas of {tokens} tokens; a site has one row for each token"
-            )
-        return x.reshape(self.replicas, tokens, -1)
-
-    def _unfolded(self, x: Tensor, given: Tensor) -> Tensor:
-        if x.shape == given.shape:
-            return x
-        if self._heads_first(given):
-            return x.view_as(given.transpose(1, 2)).transpose(1, 2)
-        return x.view_as(given)
-
-    def _heads_first(self, x: Tensor) -> bool:
-        """Return whether `x` is [rows, heads, T, D] and not [rows, T, heads, D]."""
-        length = self._valid.shape[1] * self.replicas // x.shape[0]
-        return x.dim() == 4 and x.shape[1] != length and x.shape[2] == length
 
     def _forward(self, site: WeightSite, x: Tensor) -> Tensor:
         if self._counting:
@@ -327,9 +292,9 @@ class Injection:
             for slot, tally in site.quantizers:
                 tally.count(slot.active)
         slots = tuple(id(slot) for slot, _ in site.quantizers)
-        known = self._quantized.get(slots)
-        if known is not None and _is_same(known[0], x):
-            return straight_through(x, known[1])
+        known = self._inputs.quantized(slots, x)
+        if known is not None:
+            return straight_through(x, known)
         quantized = x.detach()
         for slot, tally in site.quantizers:
             quantized = apply_quantizer(
@@ -338,19 +303,11 @@ class Injection:
                 self._valid,
                 "activation",
                 site.address.layer,
-                tally if self._is_new(slot, x) else None,
+                tally if self.measures and self._inputs.is_new(id(slot), x) else None,
             )
         # Values are shared, the way back is not: the gradient of each product is its own.
-        self._quantized[slots] = (x, quantized)
+        self._inputs.remember(slots, x, quantized)
         return straight_through(x, quantized)
-
-    def _is_new(self, slot: QuantizerSlot, x: Tensor) -> bool:
-        """Return whether an input is to be measured: once, whatever else is quantized beside it."""
-        if not self.measures:
-            return False
-        last = self._measured.get(id(slot))
-        self._measured[id(slot)] = x
-        return last is None or not _is_same(last, x)
 
     def _fault(self, address: Address, slot: FaultSlot, tally: FaultTally, x: Tensor) -> Tensor:
         if self._counting:
@@ -433,23 +390,3 @@ class Injection:
 def _with_rows(x: Tensor, rows: Sequence[int], source: Tensor) -> Tensor:
     """Return `x` with some of its rows replaced by those of `source`."""
     return x.index_copy(0, torch.tensor(rows, device=x.device), source[list(rows)])
-
-
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors are views of the same values: the q, k and v products share theirs."""
-    if one is other:
-        return True
-    if one.is_inference() and other.is_inference():  # they know no base and no version
-        is_shared = True
-    else:
-        is_shared = (
-            one._base is not None and one._base is other._base and one._version == other._version
-        )
-    # Both are alive, so that one address is one memory.
-    return (
-        is_shared
-        and one.data_ptr() == other.data_ptr()
-        and one.shape == other.shape
-        and one.stride() == other.stride()
-        and one.dtype == other.dtype
-    )

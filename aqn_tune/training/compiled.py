@@ -9,6 +9,8 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from aqn_tune.injection.swap import ForwardSwap
+
 _SHAPES = 64
 """How many shapes of packs a worker may meet; each is compiled once, and read from a cache after that."""
 
@@ -31,11 +33,12 @@ class CompiledLayers:
             )
             for layer in layers
         ]
+        self._forwards = ForwardSwap()
         self._limits: Any = None
 
     def __enter__(self) -> Self:
         for layer, compiled in zip(self._layers, self._compiled, strict=True):
-            layer.__dict__["forward"] = compiled
+            self._forwards.put(layer, compiled)
         self._limits = torch._dynamo.config.patch(
             recompile_limit=2 * _SHAPES, accumulated_recompile_limit=2 * _SHAPES
         )
@@ -49,5 +52,4 @@ class CompiledLayers:
         trace: TracebackType | None,
     ) -> None:
         self._limits.__exit__(kind, error, trace)
-        for layer in self._layers:
-            del layer.__dict__["forward"]
+        self._forwards.restore()

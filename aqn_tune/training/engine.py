@@ -24,8 +24,9 @@ from aqn_tune.training.evaluate import Evaluated, evaluate
 from aqn_tune.training.export import export_adapter, export_full
 from aqn_tune.training.generate import Generated, generated_exact_match
 from aqn_tune.training.memory import Fit, fitting, is_out_of_memory
-from aqn_tune.training.pack import ReplicaPack, ReplicaState
+from aqn_tune.training.pack import ReplicaPack
 from aqn_tune.training.stacked import obstacle
+from aqn_tune.training.state import ReplicaState, restore, state_of
 
 
 @functools.lru_cache(maxsize=8)
@@ -262,7 +263,7 @@ class TorchPack:
         """Return the pack's state; see `PackTraining.state`."""
         buffer = io.BytesIO()
         runs = [
-            member.state(replica)._asdict()
+            state_of(member, replica)._asdict()
             for member in self._members
             for replica in range(len(member.runs))
         ]
@@ -281,7 +282,7 @@ class TorchPack:
         self._seconds_before = saved["seconds"]
         states = iter(saved["runs"])
         for member in self._members:
-            member.restore([ReplicaState(**next(states)) for _ in member.runs])
+            restore(member, [ReplicaState(**next(states)) for _ in member.runs])
         self._reported_step = self._pack.rungs[self._rung - 1] if self._rung else 0
         self._reported_seconds = self._seconds()
 

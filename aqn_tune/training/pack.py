@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,6 @@ from aqn_tune.injection.nonfinite import first_nonfinite
 from aqn_tune.ledger.rows import Audit, Observation
 from aqn_tune.study.runs import Run
 from aqn_tune.study.seeds import stream_seed
-from aqn_tune.study.training import Lora
-from aqn_tune.training.arena import Arena
 from aqn_tune.training.audit import (
     audit_run,
     guards_weights,
@@ -31,39 +28,9 @@ from aqn_tune.training.audit import (
 from aqn_tune.training.compiled import CompiledLayers
 from aqn_tune.training.data import TokenSet, answer_logits, answer_loss
 from aqn_tune.training.learning_rate import learning_rate
-from aqn_tune.training.lora import (
-    adapter_shapes,
-    adapter_sites,
-    attach_adapters,
-    initialise_adapters,
-)
 from aqn_tune.training.mechanism import Mechanism
-from aqn_tune.training.stacked import obstacle, stack
 from aqn_tune.training.streams import BatchOrder
-
-
-class ReplicaState(NamedTuple):
-    """Where one run of a pack stands after a rung; plain tensors and numbers, whatever pack it was in."""
-
-    step: int
-    row: dict[str, Tensor]
-    train_losses: list[float]
-    failure: str
-    """Why the run failed, empty while it lives."""
-    noise_calls: int
-    noise_sums: dict[int, list[float]]
-    fault_calls: list[int]
-    """Of each fault of the run, in declared order; so are the two below."""
-    gradients_due: list[int]
-    quantizer_calls: list[int]
-    observations: list[str]
-    """What was seen, as JSON."""
-
-
-class Folded(Protocol):
-    """A module that holds something of each replica, and is told which replica fills which fold."""
-
-    replica_of_fold: Tensor | None
+from aqn_tune.training.trained import make_trained
 
 
 class ReplicaPack:
@@ -97,23 +64,9 @@ class ReplicaPack:
         self.failures: dict[int, str] = {}
         self.train_losses: list[list[float]] = [[] for _ in runs]
         self.book = AddressBook(model)
-        self.folded: Sequence[Folded] = []
-        """The modules that hold something of each replica."""
         spec = runs[0].training
         self._order = BatchOrder(len(data.tokens), spec.batch_size)
-        # Adapters of a bfloat16 model are trained in float32, as peft does: small updates would be lost.
-        stored = next(model.parameters()).dtype
-        dtype = torch.float32 if stored == torch.bfloat16 else stored
-        if isinstance(spec.method, Lora):
-            sites = adapter_sites(model, spec.method)
-            shapes = adapter_shapes(sites, spec.method.rank)
-            self.arena = Arena(shapes, len(runs), dtype, self.device)
-            initialise_adapters(self.arena, sites, spec.method.rank, [run.seed for run in runs])
-            self.frozen = dict(model.named_parameters())
-            self.folded = attach_adapters(model, self.arena, sites, spec.method)
-        else:
-            self.arena = self._full_arena(stored)
-            self.frozen = {}
+        self.arena, self.folded, self.frozen = make_trained(model, runs, self.book)
         if spec.gradient_checkpointing:
             model.activation_checkpointing_enable(  # type: ignore[operator]
                 activation_checkpointing_kwargs={"use_reentrant": False}
@@ -121,10 +74,6 @@ class ReplicaPack:
             for layer in range(self.book.layer_count):
                 # The flag of the layer alone: what is inside it stays in eval mode, without dropout.
                 self.book.layer_output(layer).module.training = True
-        for replica, run in enumerate(runs):
-            frozen = self._frozen_names(run)
-            if frozen:
-                self.arena.freeze(replica, frozen)
         self._frozen_hash = self._hash_frozen()
         self.arena.start_optimizers([run.training for run in runs])
         entries = [Entry(run.device, run.noise, run.skip) for run in runs]
@@ -144,38 +93,6 @@ class ReplicaPack:
             )
         layers = range(self.book.layer_count)
         return CompiledLayers([self.book.layer_output(layer).module for layer in layers])
-
-    def _frozen_names(self, run: Run) -> list[str]:
-        """Return the tensors that the method would train and the run does not."""
-        if run.train_layers is None:
-            return []
-        prefixes = tuple(f"{self.book.layer_output(layer).name}." for layer in run.train_layers)
-        inside = tuple(
-            f"{self.book.layer_output(layer).name}." for layer in range(self.book.layer_count)
-        )
-        return [
-            name
-            for name in self.arena.names()
-            if not name.startswith(prefixes) and (name.startswith(inside) or not run.train_rest)
-        ]
-
-    def _full_arena(self, dtype: torch.dtype) -> Arena:
-        parameters = dict(self.model.named_parameters())
-        shapes = {name: p.shape for name, p in parameters.items()}
-        arena = Arena(shapes, len(self.runs), dtype, self.device)
-        blocked = obstacle(self.model)
-        if blocked is None:
-            self.folded = stack(self.model, arena)
-            return arena
-        if len(self.runs) > 1:
-            raise ValueError(f"this model takes one run per pack: {blocked}")
-        for name, parameter in parameters.items():
-            view = arena.view(arena.weights, name)[0]
-            view.copy_(parameter.detach())
-            parameter.data = view
-            parameter.requires_grad_(True)
-            arena.adopt(name, parameter)
-        return arena
 
     # -- training ----------------------------------------------------------------------------------
 
@@ -384,51 +301,6 @@ class ReplicaPack:
 
     def _hash_frozen(self) -> str:
         return _hash_of(self.frozen)
-
-    # -- state -------------------------------------------------------------------------------------
-
-    def state(self, replica: int) -> ReplicaState:
-        """Return everything that `restore` needs of one run; random numbers are keyed and need no state."""
-        audit, layout = self.injection.audit, self.injection.layout
-        faults = [fault.tally for fault in layout.faults if replica in fault.slot.active]
-        quantizers = [placed.tally for placed in layout.quantizers if replica in placed.slot.active]
-        return ReplicaState(
-            step=self.step,
-            row=self.arena.state(replica),
-            train_losses=self.train_losses[replica],
-            failure=self.failures.get(replica, ""),
-            noise_calls=audit.calls[replica],
-            noise_sums=audit.sums[replica],
-            fault_calls=[int(tally.calls[replica]) for tally in faults],
-            gradients_due=[int(tally.due[replica]) for tally in faults],
-            quantizer_calls=[int(tally.calls[replica]) for tally in quantizers],
-            observations=[seen.model_dump_json() for seen in self.observations[replica]],
-        )
-
-    def restore(self, states: Sequence[ReplicaState]) -> None:
-        """Continue from the states of this pack's runs, in their order, whichever packs they come from."""
-        living = [state.step for state in states if not state.failure]
-        self.step = max(living or [state.step for state in states])
-        if len(set(living)) > 1:
-            raise ValueError(f"runs at different steps cannot share a pack: {living}")
-        audit, layout = self.injection.audit, self.injection.layout
-        for replica, state in enumerate(states):
-            self.train_losses[replica] = list(state.train_losses)
-            if state.failure:
-                self.failures[replica] = state.failure
-            self.observations[replica] = [
-                Observation.model_validate_json(text) for text in state.observations
-            ]
-            self.arena.restore(replica, state.row)
-            audit.calls[replica] = state.noise_calls
-            audit.sums[replica] = {layer: list(sums) for layer, sums in state.noise_sums.items()}
-            faults = (fault.tally for fault in layout.faults if replica in fault.slot.active)
-            counts = zip(state.fault_calls, state.gradients_due, strict=True)
-            for tally, (calls, due) in zip(faults, counts, strict=True):
-                tally.calls[replica], tally.due[replica] = calls, due
-            placed = (own.tally for own in layout.quantizers if replica in own.slot.active)
-            for quantizer, calls in zip(placed, state.quantizer_calls, strict=True):
-                quantizer.calls[replica] = calls
 
 
 def _hash_of(tensors: Mapping[str, Tensor]) -> str:

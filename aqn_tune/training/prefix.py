@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from aqn_tune.injection.fold import FaultSlot
 from aqn_tune.injection.layout import Faults, Layout
+from aqn_tune.injection.swap import ForwardSwap
 from aqn_tune.training.data import TokenSet, answer_logits
 
 
@@ -119,7 +120,7 @@ class Stretch:
         them. None for a part that goes on to the end."""
         self._layers = layers
         self._part = part
-        self._before: list[tuple[nn.Module, Any]] = []
+        self._forwards = ForwardSwap()
 
     def __enter__(self) -> Self:
         for number, layer in enumerate(self._layers):
@@ -132,8 +133,7 @@ class Stretch:
                 stand_in = self._leave
             else:
                 continue
-            self._before.append((layer, layer.__dict__.get("forward")))
-            layer.__dict__["forward"] = stand_in
+            self._forwards.put(layer, stand_in)
         return self
 
     def __exit__(
@@ -142,11 +142,7 @@ class Stretch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for layer, before in self._before:
-            del layer.__dict__["forward"]
-            if before is not None:
-                layer.__dict__["forward"] = before
-        self._before.clear()
+        self._forwards.restore()
         self.entered = self.left = None
 
     def _enter(self, *args: Any, **kwargs: Any) -> Any:
