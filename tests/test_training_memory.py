@@ -100,6 +100,14 @@ def test_nothing_is_measured_where_memory_is_plenty(
     assert memory.fitting(runs, model_of(folder), data_of(folder), sharers=2) == (2, "")
 
 
+@pytest.mark.parametrize(("device", "sharers"), [("cpu", 6), ("cuda", 1)])
+def test_cores_share_the_memory_of_the_host_and_not_that_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, device: str, sharers: int
+) -> None:
+    monkeypatch.setattr(engine_module.os, "cpu_count", lambda: 6)
+    assert engine_module._sharers(torch.device(device)) == sharers
+
+
 @pytest.mark.parametrize(
     ("limit", "used", "free"),
     [(None, None, 900), (1000, 400, 600), (5000, 400, 900), (1000, 1400, 0), (None, 400, 900)],

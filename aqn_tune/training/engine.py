@@ -76,7 +76,7 @@ class TorchPack:
         blocked = obstacle(model) if runs[0].training.method.kind == "full" else None
         if blocked is not None:
             return Fit(1, str(blocked))
-        fit = fitting(runs, model, self._split("train"), sharers=os.cpu_count() or 1)
+        fit = fitting(runs, model, self._split("train"), sharers=_sharers(self._device))
         return fit if fit.runs < most.runs else most
 
     def _open(self, size: int) -> list[ReplicaPack]:
@@ -302,6 +302,13 @@ def _device(setting: Setting) -> torch.device:
             "this worker; set it to 0, or install a CUDA build of torch there"
         )
     return torch.device(setting.device)
+
+
+def _sharers(device: torch.device) -> int:
+    """Return how many packs may be after the free memory of a device at the same time."""
+    # Workers of a GPU start one after another, and each sees what the others have left; where two
+    # measure at once, the pack that finds the memory spent is halved.
+    return 1 if device.type == "cuda" else os.cpu_count() or 1
 
 
 def _finite(value: float | None) -> float | None:
