@@ -17,7 +17,7 @@ from aqn_tune.study.cells import (
     stage_cells,
     unique_runs,
 )
-from aqn_tune.study.packing import Job, base_pack, jobs_of, make_packs
+from aqn_tune.study.packing import Job, base_pack, jobs_of, make_packs, pack_size
 from aqn_tune.study.runs import Run, Setting
 from aqn_tune.study.schema import Study
 from aqn_tune.study.space import Params, SpaceSpec, arm_of
@@ -330,3 +330,26 @@ def test_the_base_is_evaluated_under_every_condition_of_the_study() -> None:
     assert [(c.name, c.scenario) for c in pack.runs[0].conditions] == [
         ("clean", ""), ("faulty", "both-threshold0.1"), ("faulty", "both-threshold0.2"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("compute", "training", "runs"),
+    [
+        ({}, {}, 8),
+        ({"pack_replicas": "auto"}, {"batch_size": 4, "max_length": 16}, 8),
+        ({"pack_replicas": 3}, {}, 3),
+        ({"pack_replicas": 3, "gpus_per_worker": 1}, {}, 3),
+        ({"gpus_per_worker": 0.5}, {"batch_size": 8, "max_length": 64}, 32),
+        ({"gpus_per_worker": 1}, {"batch_size": 8, "max_length": 512}, 4),
+        (
+            {"gpus_per_worker": 1},
+            {"batch_size": 8, "gradient_accumulation_steps": 4, "max_length": 512},
+            16,
+        ),
+        ({"gpus_per_worker": 1}, {"batch_size": 64, "max_length": 512}, 1),
+    ],
+)
+def test_how_many_runs_a_pack_takes(
+    compute: dict[str, Any], training: dict[str, Any], runs: int
+) -> None:
+    assert pack_size(study(compute=compute, training=training)) == runs

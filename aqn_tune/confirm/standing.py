@@ -13,7 +13,7 @@ from aqn_tune.search.record import Recorder
 from aqn_tune.search.work import FixedPacks
 from aqn_tune.study.cells import Cell, Finalist, stage_cells
 from aqn_tune.study.folder import StudyFolder
-from aqn_tune.study.packing import Job, base_pack, jobs_of, make_packs
+from aqn_tune.study.packing import Job, base_pack, jobs_of, make_packs, pack_size
 from aqn_tune.study.runs import Pack, Setting
 from aqn_tune.study.scenario import Scenario
 from aqn_tune.study.schema import Study
@@ -147,7 +147,7 @@ def confirm_packs(
         _exporting(study, cells, folder, jobs_of(cells, reuse=reuse)),
         stage="confirm",
         prefix=f"g{study.confirm.generation}-" + ("" if reuse else "own-"),
-        size=study.compute.pack_replicas,
+        size=pack_size(study),
         rungs=(study.training.steps,),
         split="test",
         generate=study.confirm.generate,

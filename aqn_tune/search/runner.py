@@ -20,7 +20,7 @@ from aqn_tune.search.work import FixedPacks
 from aqn_tune.study.cells import Cell, stage_cells
 from aqn_tune.study.engine import Engine
 from aqn_tune.study.folder import StudyFolder
-from aqn_tune.study.packing import base_pack, jobs_of, make_packs
+from aqn_tune.study.packing import base_pack, jobs_of, make_packs, pack_size
 from aqn_tune.study.runs import Pack, Setting
 from aqn_tune.study.scenario import Scenario
 from aqn_tune.study.schema import SearchSpec, Study
@@ -195,7 +195,7 @@ def _packs(
         jobs_of(cells, reuse=reuse),
         stage="search",
         prefix="control" if reuse else "own-control",
-        size=study.compute.pack_replicas,
+        size=pack_size(study),
         rungs=rung_steps(spec, study.training.steps),
         split="validation",
     )

@@ -19,6 +19,7 @@ from aqn_tune.search.suggest import propose
 from aqn_tune.search.work import Best, FixedPacks, Tally
 from aqn_tune.study.cells import Cell, config_cells
 from aqn_tune.study.engine import RungReport
+from aqn_tune.study.packing import pack_size
 from aqn_tune.study.runs import Pack, Setting
 from aqn_tune.study.scenario import Scenario
 from aqn_tune.study.schema import SearchSpec, Study
@@ -172,15 +173,17 @@ class SearchWork:
     def _opened(self, scenario: str, record: ConfigRecord) -> _Open:
         cells = self._cells(scenario, record.config, record.params)
         self._recorder.cells(cells)
-        compute = self._study.compute
+        most = pack_size(self._study)
         pack = Pack(
             name=f"{scenario}-{record.config}",
             stage="search",
             runs=tuple(cell.run for cell in cells),
             rungs=self.rungs,
             split="validation",
-            lockstep=compute.pack_replicas if compute.pack_replicas < len(cells) else None,
-            own={} if compute.reuse else {cell.training_key: cell.name for cell in cells},
+            lockstep=most if most < len(cells) else None,
+            own={}
+            if self._study.compute.reuse
+            else {cell.training_key: cell.name for cell in cells},
         )
         return _Open(scenario, record, cells, pack)
 

@@ -11,7 +11,29 @@ from aqn_tune.study.cells import Cell, unique_runs
 from aqn_tune.study.resolve import conditions_of
 from aqn_tune.study.runs import Condition, Pack, Run, Split, pack_key
 from aqn_tune.study.scenario import Scenario
+from aqn_tune.study.schema import Study
 from aqn_tune.study.seeds import Stage
+
+PACK_ON_CPU = 8
+"""Beyond it a replica-step of the embedded model gets no cheaper: memory traffic, not dispatch, is what
+is left (benchmarks/README.md)."""
+TOKENS_PER_GPU_PASS = 16_384
+"""About where a pass of a model of half a billion parameters takes as long to compute as to launch.
+An estimate from counted kernels, not measured."""
+
+
+def pack_size(study: Study) -> int:
+    """Return the most runs of `study` that a pack takes; `compute.pack_replicas` where that is a number.
+
+    It knows nothing of memory: a worker measures its own, and takes a pack in parts where it has to.
+    """
+    compute, training = study.compute, study.training
+    if compute.pack_replicas != "auto":
+        return compute.pack_replicas
+    if not compute.gpus_per_worker:
+        return PACK_ON_CPU
+    tokens = training.batch_size // training.gradient_accumulation_steps * training.max_length
+    return max(TOKENS_PER_GPU_PASS // tokens, 1)
 
 
 class Job(NamedTuple):

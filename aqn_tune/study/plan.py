@@ -19,6 +19,7 @@ from aqn_tune.study.detectable import detectable_effect
 from aqn_tune.study.effort import StagePlan, Work, confirm_plan, search_plan
 from aqn_tune.study.folder import study_folder, study_hash
 from aqn_tune.study.loading import layer_count, make_setting, resolve_scenarios
+from aqn_tune.study.packing import pack_size
 from aqn_tune.study.runs import Run, Setting
 from aqn_tune.study.scenario import Scenario
 from aqn_tune.study.schema import Study
@@ -162,7 +163,7 @@ def make_plan(study: Study) -> Plan:
         model=study.model.path,
         layer_count=layers,
         workers=_worker_count(study),
-        pack_replicas=study.compute.pack_replicas,
+        pack_replicas=pack_size(study),
         reuse=study.compute.reuse,
         training_steps=study.training.steps,
         schedule=_stages(study.controls.schedule.table(study.training.steps)),
@@ -261,7 +262,7 @@ def _estimate(
     study: Study, setting: Setting, search: StagePlan | None, confirm: StagePlan
 ) -> Estimate:
     workload = workload_of(setting, study.training)
-    costs = find_costs(study.output, workload, study.compute.pack_replicas)
+    costs = find_costs(study.output, workload, pack_size(study))
     if costs is None:
         return Estimate("not measured", None, None, None)
     stages = [stage for stage in (search, confirm) if stage is not None]

@@ -99,8 +99,11 @@ class ComputeSpec(Spec):
     workers: int | Literal["auto"] = Field(
         "auto", description="Trials at a time; auto: one per CPU core."
     )
-    pack_replicas: int = Field(
-        8, ge=1, description="Most runs that advance in lockstep, in one forward pass."
+    pack_replicas: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="Most runs that advance in lockstep, in one forward pass; auto: 8 on a CPU, on a GPU as "
+        "many as make a pass of 16384 tokens. A worker whose memory does not hold them takes fewer at "
+        "a time and says so.",
     )
     reuse: bool = Field(
         True,
