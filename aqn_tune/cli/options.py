@@ -31,7 +31,8 @@ PackSize = Annotated[
         min=1,
         metavar="N",
         help="Most runs that share a forward pass, in place of `compute.pack_replicas`; 1 trains "
-        "every run alone. Changes no number.",
+        "every run alone. The numbers stay the same (on a GPU, or with an odd number of rows in a "
+        "batch, to rounding).",
     ),
 ]
 NoReuse = Annotated[

@@ -15,8 +15,8 @@ from aqn_tune.study.schema import Study
 from aqn_tune.study.seeds import Stage
 
 PACK_ON_CPU = 8
-"""Beyond it a replica-step of the embedded model gets no cheaper: memory traffic, not dispatch, is what
-is left (benchmarks/README.md)."""
+"""By then the cost of dispatching operations is shared by enough replicas; what is left is arithmetic and
+memory traffic, which each replica brings along."""
 TOKENS_PER_GPU_PASS = 16_384
 """About where a pass of a model of half a billion parameters takes as long to compute as to launch.
 An estimate from counted kernels, not measured."""

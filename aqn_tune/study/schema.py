@@ -94,7 +94,7 @@ class ConfirmSpec(Spec):
 
 
 class ComputeSpec(Spec):
-    """Where and how the work runs. Changes no number."""
+    """Where and how the work runs: changes no number on a CPU, rounding on a GPU."""
 
     workers: int | Literal["auto"] = Field(
         "auto", description="Trials at a time; auto: one per CPU core."
