@@ -15,7 +15,7 @@ from aqn_tune.study.loading import layer_count, load_study, make_setting
 from aqn_tune.study.scenario import Scenario
 from aqn_tune.study.schema import Study
 from aqn_tune.study.source import apply_override, parse_source
-from aqn_tune.study.sweep import resolve_scenarios
+from aqn_tune.study.sweep import resolve_scenarios, study_content
 
 STUDY = """\
 study: demo
@@ -346,7 +346,13 @@ def test_what_changes_no_number_changes_no_folder(file: Path) -> None:
     first = load_study(file)
     for same in ("compute.workers=1", "description=x", "confirm.replicates=7", "output=x"):
         assert study_hash(load_study(file, [same])) == study_hash(first)
-    for other in ("seed=1", "training.steps=99", "confirm.alpha=0.1", "eval_batch_size=32"):
+    for other in (
+        "seed=1",
+        "training.steps=99",
+        "confirm.alpha=0.1",
+        "eval_batch_size=32",
+        "compute.gpus_per_worker=0.5",
+    ):
         assert study_hash(load_study(file, [other])) != study_hash(first)
 
 
@@ -376,3 +382,58 @@ def test_shipped_spaces_fit_the_embedded_model(file: Path, name: str) -> None:
     assert "To launch:" in space.read_text()
     searched = {"learning_rate", "rank"} & set(study.search.space.dimensions)
     assert bool(searched) is (name == "aqn_full"), "off in the shipped sweeps"
+
+
+@pytest.mark.parametrize(
+    ("during", "arm", "refused"),
+    [
+        ("both", "{}", True),
+        ("train", "{}", True),
+        ("eval", "{}", False),
+        ("eval", "{device: faulty}", True),
+    ],
+)
+def test_layers_are_compiled_where_training_leaves_them_as_they_are(
+    tmp_path: Path, during: str, arm: str, refused: bool
+) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text(
+        f"study: compiled\noutput: {tmp_path}\ntraining: {{compile: true}}\n"
+        f"scenario: {{quantization: [{{format: mxfp4}}], during: {during}}}\narms: {{mine: {arm}}}\n"
+    )
+    if refused:
+        with pytest.raises(UserError, match=r"training\.compile: .*mxfp4 acts inside"):
+            load_study(study)
+    else:
+        load_study(study)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "sweep"),
+    [
+        ({"quantization": ["mxfp4"]}, {"quantization.0.format": ["mxfp4", "nvfp4", "int8"]}),
+        (
+            {"quantization": [{"format": "mxfp4", "operands": "weight"}], "faults": [DEAD_ZONE]},
+            {"quantization.0.format": ["nvfp4", "mxfp4"], "faults.0.threshold": [0.1, 0.2]},
+        ),
+        (
+            {"faults": [DEAD_ZONE, {"kind": "relative_gaussian", "layers": [1], "scale": 0.1}]},
+            {
+                "faults.1.kind": ["relative_gaussian", "absolute_gaussian"],
+                "during": ["both", "eval"],
+            },
+        ),
+    ],
+)
+def test_a_study_whose_kinds_are_swept_reads_back_as_it_was_written(
+    scenario: dict[str, Any], sweep: dict[str, Any]
+) -> None:
+    """Spelled out in the folder, the defaults of one format were unknown keys of another: no report."""
+    study = Study.model_validate({"study": "s", "scenario": scenario, "sweep": sweep})
+    again = Study.model_validate(json.loads(json.dumps(study_content(study))))
+    assert resolve_scenarios(again) == resolve_scenarios(study)
+    assert study_hash(again) == study_hash(study)
+    assert study_content(again) == study_content(study)
+    spelled_out = Study.model_validate(study.model_dump(mode="json"))
+    with pytest.raises(UserError, match="unknown key"):
+        resolve_scenarios(spelled_out)

@@ -51,8 +51,8 @@ def resolve_scenarios(study: Study) -> tuple[Scenario, ...]:
 def _scenario(spec: ScenarioSpec, base: dict[str, Any], chosen: Mapping[str, Any]) -> ScenarioSpec:
     data: Any = base
     for key, value in chosen.items():
-        room, _, tag = key.rpartition(".")
-        if tag == {"faults": "kind", "quantization": "format"}.get(room.partition(".")[0]):
+        room = _swept_kind(key)
+        if room:
             # Another kind has other parameters: what the user wrote has to fit it, defaults do not.
             data = _with(data, room.split("."), _written(spec, room))
         data = _with(data, key.split("."), value)
@@ -64,6 +64,28 @@ def _scenario(spec: ScenarioSpec, base: dict[str, Any], chosen: Mapping[str, Any
         message = problems[0].removeprefix("sweep: ")
         key = next((k for k in chosen if message.startswith(k)), next(iter(chosen), ""))
         raise UserError(f"sweep.{key}: {message.removeprefix(f'{key}: ')}") from None
+
+
+def study_content(study: Study) -> dict[str, Any]:
+    """Return a study as plain data, every default spelled out, which reads back as the same study.
+
+    Of a fault or quantizer whose kind is swept there is what was written: defaults are those of
+    each kind, and spelled out they would have to fit all of them.
+    """
+    content = study.model_dump(mode="json")
+    for key in study.sweep:
+        room = _swept_kind(key)
+        if room:
+            parts = ["scenario", *room.split(".")]
+            content = _with(content, parts, _written(study.scenario, room))
+    return content
+
+
+def _swept_kind(key: str) -> str:
+    """Return the fault or quantizer, `faults.0`, whose kind or format a swept key sets; else ""."""
+    room, _, tag = key.rpartition(".")
+    is_kind = tag == {"faults": "kind", "quantization": "format"}.get(room.partition(".")[0])
+    return room if is_kind else ""
 
 
 def _written(spec: ScenarioSpec, room: str) -> dict[str, Any]:
