@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import gc
+import json
 import os
 import platform
 import resource
@@ -19,7 +22,7 @@ import torch
 from aqn_tune.faults import DeadZone
 from aqn_tune.models import ModelSpec, base_arrays
 from aqn_tune.models.load import no_progress_bars
-from aqn_tune.noise import NoisePolicy
+from aqn_tune.noise import EffectiveNoise, NoisePolicy
 from aqn_tune.study.device import Device
 from aqn_tune.study.engine import BaseArrays
 from aqn_tune.study.runs import Condition, Run
@@ -138,19 +141,24 @@ def configs(workload: Workload, steps: int, seeds: int) -> list[list[Run]]:
         policy = NoisePolicy.model_validate({"targeting": targeting})
         noise = policy.resolve(steps=steps, layer_count=workload.layers, fault_layers=(faulty,))
         device = Device(faults=(DeadZone(layers=(faulty,), threshold=threshold),))
-        both.append(
-            [
-                Run(
-                    training=spec,
-                    device=device,
-                    noise=noise,
-                    seed=SEED + 2 * index,
-                    conditions=(Condition(name="clean"),),
-                )
-                for index in range(seeds)
-            ]
-        )
+        both.append(replicates(spec, device, noise, seeds))
     return both
+
+
+def replicates(
+    spec: TrainingSpec, device: Device, noise: EffectiveNoise | None, count: int
+) -> list[Run]:
+    """Return runs that differ in their seeds alone."""
+    return [
+        Run(
+            training=spec,
+            device=device,
+            noise=noise,
+            seed=SEED + 2 * index,
+            conditions=(Condition(name="clean"),),
+        )
+        for index in range(count)
+    ]
 
 
 # -- clocks -----------------------------------------------------------------------------------------
@@ -183,6 +191,18 @@ def memory(peak: bool = True) -> float:
     word = "VmHWM:" if peak else "VmRSS:"
     line = next(line for line in status.read_text().splitlines() if line.startswith(word))
     return int(line.split()[1]) / 1024
+
+
+def peak_above(work: Callable[[], object]) -> float:
+    """Return the peak memory of this process in MB while it does some work, less what it held before.
+
+    Ask in a fresh process: memory that earlier work has freed, and the process has kept, is not counted.
+    """
+    gc.collect()
+    before = memory(peak=False)
+    reset_peak()
+    work()
+    return memory() - before
 
 
 class Spread(NamedTuple):
@@ -238,6 +258,34 @@ def machine() -> dict[str, Any]:
 def load() -> tuple[float, ...]:
     """Return the load of the machine over 1, 5 and 15 minutes."""
     return tuple(round(value, 2) for value in os.getloadavg())
+
+
+# -- where it goes ----------------------------------------------------------------------------------
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def add_out(parser: argparse.ArgumentParser, name: str) -> None:
+    """Give a benchmark its option `--out`."""
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help=f"folder for {name}.json and {name}.svg"
+    )
+
+
+def write(
+    folder: Path, name: str, content: dict[str, Any], picture: str | None, *, whole: bool = True
+) -> None:
+    """Write what was measured, and its picture where there is one.
+
+    A part of a benchmark does not take the place of the whole in `RESULTS`.
+    """
+    if not whole and folder == RESULTS:
+        print(f"{name}: a part is not kept; name a folder with --out")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(f"{json.dumps(content, indent=1)}\n")
+    if picture is not None:
+        (folder / f"{name}.svg").write_text(picture)
 
 
 # -- pictures ---------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ replica, all of them trained on; a third workload adds noise at every layer and 
 
 one by one  an ordinary transformers + peft loop under autocast, with fused AdamW: the steps of K runs, one
             run after another. It reads no loss back, so nothing makes it wait for the GPU.
-pack        `ReplicaPack` of K runs, with all that it does: losses read back, gradients audited. It draws
-            noise on the CPU, so that a run is the same on every machine; the loop draws it on the GPU.
+pack        `ReplicaPack` of K runs, with all that it does: losses read back, gradients audited. Both sides
+            draw noise on the GPU: the pack replica by replica under each run's keys, the loop at once.
 
 A round times both, each first in every other round; ratios are taken within a round. Building and warming up
 are left out. Tokens per second are those of all K runs. The share of the peak is what the matrix products of
@@ -25,17 +25,26 @@ from __future__ import annotations
 
 import argparse
 import gc
-import inspect
-import json
 import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from _common import FAULTY_LAYER, SEED, Bar, Spread, bars, load, machine, spread
+from _common import (
+    FAULTY_LAYER,
+    SEED,
+    Bar,
+    Spread,
+    add_out,
+    bars,
+    load,
+    machine,
+    replicates,
+    spread,
+    write,
+)
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -44,7 +53,7 @@ from aqn_tune.faults.dead_zone import DeadZone
 from aqn_tune.models import decoder_layers
 from aqn_tune.noise import NoisePolicy
 from aqn_tune.study.device import HEALTHY, Device
-from aqn_tune.study.runs import Condition, Run
+from aqn_tune.study.runs import Run
 from aqn_tune.study.training import SEVEN_LINEARS, Lora, TrainingSpec
 from aqn_tune.training.data import TokenSet
 from aqn_tune.training.learning_rate import learning_rate
@@ -154,16 +163,7 @@ def runs_of(workload: Workload, count: int) -> list[Run]:
         max_length=workload.tokens,
         learning_rate=1e-4,
     )
-    return [
-        Run(
-            training=training,
-            device=device,
-            noise=noise,
-            seed=SEED + 2 * index,
-            conditions=(Condition(name="clean"),),
-        )
-        for index in range(count)
-    ]
+    return replicates(training, device, noise, count)
 
 
 def flops_per_token(workload: Workload, linears: Sequence[tuple[int, int]]) -> float:
@@ -473,11 +473,6 @@ def obstacle() -> str:
         return (
             "benchmarks/gpu.py needs a CUDA GPU, and torch finds none here: nothing was measured."
         )
-    if "device" not in inspect.signature(ReplicaPack).parameters:
-        return (
-            "benchmarks/gpu.py needs a ReplicaPack that takes `device`, and this one trains on the CPU "
-            "only: nothing was measured."
-        )
     return ""
 
 
@@ -491,12 +486,7 @@ def main() -> int:
         "--replicas", type=int, nargs="+", default=[1, 5, 10], help="sizes of a pack"
     )
     parser.add_argument("--only", nargs="+", default=names, choices=names, help="what to measure")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(__file__).resolve().parent / "results",
-        help="folder for gpu.json and gpu.svg",
-    )
+    add_out(parser, "gpu")
     options = parser.parse_args()
     if min(options.rounds, options.steps, *options.replicas) < 1:
         parser.error("--rounds, --steps and --replicas are at least 1")
@@ -524,11 +514,11 @@ def main() -> int:
             "rounds": options.rounds, "steps": options.steps, "rank": RANK, "dtype": "bfloat16",
             "load_before": before, "load_after": load(),
         }  # fmt: skip
-        options.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(record(measured, peak, settings, options.steps), indent=1)
-        (options.out / "gpu.json").write_text(f"{text}\n")
-        if any(not each.missing for each in measured):
-            (options.out / "gpu.svg").write_text(picture(measured, options.steps))
+        drawn = any(not each.missing for each in measured)
+        write(
+            options.out, "gpu", record(measured, peak, settings, options.steps),
+            picture(measured, options.steps) if drawn else None,
+        )  # fmt: skip
     about = machine()
     console.print(
         f"{torch.cuda.get_device_name()}, {peak / 1e12:.0f} TFLOP/s in a product of bfloat16 matrices; "

@@ -1,6 +1,6 @@
 """What injection costs: one forward and backward pass with it, against the same pass without it.
 
-    python benchmarks/injection.py [--rounds 9] [--pairs 8] [--only NAME ...] [--out benchmarks/results]
+    python benchmarks/injection.py [--rounds 9] [--pairs 8] [--only NAME ...] [--out FOLDER]
 
 The step: the embedded 28-layer model with stacked LoRA adapters of rank 8 on all 196 linear layers, as
 `ReplicaPack` builds it for one run (K = 1); 8 rows of 56 tokens; forward, answer loss, backward. Timed:
@@ -19,17 +19,15 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from _common import load, machine
+from _common import add_out, load, machine, write
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -336,7 +334,7 @@ def main() -> None:
     )
     parser.add_argument("--pairs", type=int, default=8, help="steps with and without, per round")
     parser.add_argument("--only", nargs="+", default=[], help="names of configurations")
-    parser.add_argument("--out", type=Path, help="folder for injection.json and injection.svg")
+    add_out(parser, "injection")
     options = parser.parse_args()
     unknown = set(options.only) - {case.name for case in CASES}
     if unknown or options.rounds < 1 or options.pairs < 1:
@@ -370,15 +368,12 @@ def main() -> None:
         f"{options.rounds} rounds of {options.pairs} pairs",
         highlight=False,
     )
-    if options.out:
-        settings = {
-            "rounds": options.rounds, "pairs": options.pairs, "rows": ROWS, "tokens": bench.tokens,
-            "layers": bench.book.layer_count, "load_before": before, "load_after": after,
-        }  # fmt: skip
-        options.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(record(cases, figures, settings), indent=1)
-        (options.out / "injection.json").write_text(f"{text}\n")
-        (options.out / "injection.svg").write_text(picture(cases, figures))
+    settings = {
+        "rounds": options.rounds, "pairs": options.pairs, "rows": ROWS, "tokens": bench.tokens,
+        "layers": bench.book.layer_count, "load_before": before, "load_after": after,
+    }  # fmt: skip
+    found = record(cases, figures, settings)
+    write(options.out, "injection", found, picture(cases, figures), whole=not options.only)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What other fault injectors cost for the same fault, against no fault and against ours.
 
-    python benchmarks/injection_rivals.py [--rounds 9] [--pairs 8] [--out benchmarks/results]
+    python benchmarks/injection_rivals.py [--rounds 9] [--pairs 8] [--out FOLDER]
 
 Compares with PyTorchFI (`pip install --no-deps pytorchfi==0.6.0`) and MRFI (`pip install --no-deps
 mrfi==2.1.0`), each where it can be imported; one line says so where it cannot.
@@ -12,24 +12,24 @@ down_proj where a tool reaches leaf modules only. Ours is timed on the same site
 pass of a model of its own kind without any fault, in pairs as in `injection.py`. What a tool cannot do is
 printed as the error it ends in.
 
-`extra` is their extra time as a multiple of ours. Where the fault draws nothing at random, the logits
+`extra` is their extra time as a multiple of ours; a lower bound where ours is not to be seen, and no number
+where the ranges of the two over the rounds overlap. Where the fault draws nothing at random, the logits
 have to be equal bit for bit, and the output says whether they are. Not compared: what the tools can express.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from _common import load, machine
+from _common import Bar, Spread, add_out, bars, load, machine, write
 from injection import FAULTY_LAYER, ROWS, SEED, Figures, Seconds, Timed, measure, stopwatch
 from rich.box import SIMPLE
 from rich.console import Console
@@ -50,6 +50,8 @@ from aqn_tune.training.data import TokenSet, load_tokens, token_loss
 THRESHOLD, FLIPS, BIT = 0.1, 8, 20
 LAYER = f"model.layers.{FAULTY_LAYER}"
 LEAF = "mlp.down_proj"
+ERROR = 0.005
+"""Extra time, as a share of the pass, that the figures do not tell from none."""
 
 Kind = Literal["dead zone", "bit flips"]
 Place = Literal["layer", "leaf"]
@@ -295,11 +297,37 @@ def print_table(console: Console, results: list[Result]) -> None:
         if theirs is None:
             table.add_row(*words, "fails", mine, "")
             continue
-        extra, own = theirs.ratio - 1, result.ours.ratio - 1
-        # Below half a per cent ours is within the error of the figures.
-        times = f"x {extra / own:.1f}" if own > 0.005 else f"> x {extra / 0.005:.0f}"
-        table.add_row(*words, f"{theirs.ratio:.3f}", mine, times)
+        table.add_row(*words, f"{theirs.ratio:.3f}", mine, times_ours(theirs, result.ours))
     console.print(table)
+
+
+def times_ours(theirs: Figures, ours: Figures) -> str:
+    """Return their extra time as a multiple of ours, in words where the rounds do not tell them apart."""
+    extra, own = theirs.ratio - 1, ours.ratio - 1
+    overlap = theirs.least <= ours.most and ours.least <= theirs.most
+    if overlap or max(extra, own) <= ERROR:
+        return "within the error"
+    return f"x {max(extra, 0.0) / own:.1f}" if own > ERROR else f"> x {math.floor(extra / ERROR)}"
+
+
+def picture(results: list[Result]) -> str:
+    """Return what every tool takes, beside ours, as bars."""
+    groups: list[tuple[str, list[Bar]]] = []
+    for result in results:
+        rows = []
+        for label, figures, colour in (
+            (result.case.tool, result.theirs, "#c73"),
+            ("ours", result.ours, "#48a"),
+        ):
+            if figures is not None:
+                value = Spread(figures.ratio, figures.least, figures.most)
+                rows.append(Bar(label, value, value.text(3), colour))
+        groups.append((result.case.name(), rows))
+    return bars(
+        "The same fault through another tool: pass with / pass without",
+        "bar: median of the rounds; line: least to most; shorter is better; 1 is no cost",
+        groups,
+    )
 
 
 def main() -> None:
@@ -307,7 +335,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare with other fault injectors.")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--pairs", type=int, default=8, help="passes with and without, per round")
-    parser.add_argument("--out", type=Path, help="folder for injection_rivals.json")
+    add_out(parser, "injection_rivals")
     options = parser.parse_args()
     console = Console()
     logging.getLogger().setLevel(logging.ERROR)
@@ -336,26 +364,24 @@ def main() -> None:
             word = "equal ours bit for bit" if result.is_equal else "differ from ours"
             console.print(f"{result.case.name()}: its logits {word}", highlight=False)
     console.print(f"load {before[0]} before and {after[0]} after", highlight=False)
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        found = {
-            "machine": machine(),
-            "settings": {
-                "rounds": options.rounds, "pairs": options.pairs,
-                "load_before": before, "load_after": after,
-            },
-            "figures": [
-                {
-                    **result.case._asdict(),
-                    "theirs": result.theirs and result.theirs._asdict(),
-                    "ours": result.ours._asdict(),
-                    "error": result.error,
-                    "equal_logits": result.is_equal,
-                }
-                for result in results
-            ],
-        }  # fmt: skip
-        (options.out / "injection_rivals.json").write_text(f"{json.dumps(found, indent=1)}\n")
+    found = {
+        "machine": machine(),
+        "settings": {
+            "rounds": options.rounds, "pairs": options.pairs,
+            "load_before": before, "load_after": after,
+        },
+        "figures": [
+            {
+                **result.case._asdict(),
+                "theirs": result.theirs and result.theirs._asdict(),
+                "ours": result.ours._asdict(),
+                "error": result.error,
+                "equal_logits": result.is_equal,
+            }
+            for result in results
+        ],
+    }  # fmt: skip
+    write(options.out, "injection_rivals", found, picture(results))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What lockstep gains: packs of replicas against the runs that one would otherwise write.
 
-    python benchmarks/replicas.py [--rounds 5] [--steps 40] [--only NAME ...] [--out benchmarks/results]
+    python benchmarks/replicas.py [--rounds 5] [--steps 40] [--only NAME ...] [--out FOLDER]
 
 The work: two configs of five seeds each, on a 28-layer model; noise on hidden states (config 1: every
 layer, config 2: the faulty layer), a dead zone at the output of layer 10, clipping, AdamW. The same work
@@ -9,15 +9,19 @@ is done by two Ray actors of one thread each, one config per actor, in one of th
 loops    a plain transformers + peft loop per run, one run after another; fused AdamW, forward hooks.
 trainer  the same with transformers' Trainer.
 packs    ours: one `ReplicaPack` of five replicas.
-compiled the same with compiled decoder layers; what compiling took is reported apart.
+compiled the same with compiled decoder layers. What compiling took is reported apart, and it was cold: an
+         empty cache, and nothing that these actors had compiled before.
 
 Every way builds its models from the same arrays inside the timed span; imports and the start of Ray are
-outside, every actor has done a short run before. The ways take turns, and each has actors of its own, so
-that their memory can be told apart. Equal on both sides: weights, adapters at the start, rows of every
-step, learning rate, loss (mean over the answer tokens of the batch), noise level and fault at each step.
-What differs: loops and trainer draw noise from torch's global generator, ours from keyed streams; ours also
-hashes the frozen weights and measures the noise it injects. The losses of the steps before the first noise
-must agree; the largest difference is printed.
+outside, every actor has done a short run before. The ways take turns, each in actors of its own. Equal on
+both sides: weights, adapters at the start, rows of every step, learning rate, loss (mean over the answer
+tokens of the batch), noise level and fault at each step. What differs: loops and trainer draw noise from
+torch's global generator, ours from keyed streams; ours also hashes the frozen weights and measures the noise
+it injects. The losses of the steps before the first noise must agree; the largest difference is printed.
+
+Memory is measured apart, once for each way, in a fresh process: the peak of one run by loop or Trainer, or
+of a pack of five, less what the process held before the model was built, for each replica. A model of one
+layer has been trained in the same way before that: libraries take memory when they are first used.
 
 What is measured is written after every workload, so that an interrupted run is not lost. `--only` takes
 names of workloads, and `arithmetic` for where the rest of a step goes: the matrix products of a step alone,
@@ -28,7 +32,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
 import tempfile
 import warnings
@@ -44,15 +47,16 @@ from _common import (
     Prepared,
     Spread,
     Workload,
+    add_out,
     bars,
     best_of,
     configs,
     load,
     machine,
-    memory,
+    peak_above,
     prepare,
-    reset_peak,
     spread,
+    write,
 )
 from rich.console import Console
 from rich.table import Table
@@ -81,6 +85,10 @@ WORKLOADS: dict[Workload, tuple[str, ...]] = {
     FULL: ("loops", "packs"),
 }
 ARITHMETIC = "arithmetic"
+FEWEST_STEPS = 12
+"""Fewer leave stages without a step."""
+TOGETHER = ("packs", "compiled")
+"""The ways that hold all seeds of a config at a time; the others hold one run."""
 
 
 # -- the ways to train ------------------------------------------------------------------------------
@@ -244,8 +252,6 @@ class Timed(NamedTuple):
 
     wall: float
     cpu: float
-    peak: float
-    """Largest resident memory, MB."""
     losses: list[list[float]]
 
 
@@ -265,11 +271,17 @@ class Worker:
     def timed(self, way: str, runs: Sequence[Run]) -> Timed:
         """Train runs in one of the ways."""
         gc.collect()
-        reset_peak()
         clock = Clock()
         losses = train(way, self._prepared, runs)
         wall, cpu = clock.read()
-        return Timed(wall, cpu, memory(), losses)
+        return Timed(wall, cpu, losses)
+
+    def held(self, way: str, small: Prepared, warm: Sequence[Run], runs: Sequence[Run]) -> float:
+        """Return the peak MB of `runs` above this process, which is fresh; `warm` are runs of `small`."""
+        train(way, small, warm)
+        for array in self._prepared.base.values():
+            array.sum()  # shared by all processes, and counted in each that has read it
+        return peak_above(lambda: train(way, self._prepared, runs))
 
     def step_cost(self, runs: Sequence[Run]) -> float:
         """Return the CPU seconds of a replica-step of a pack, building it and warming up left out."""
@@ -290,8 +302,6 @@ class Round(NamedTuple):
     """From the start of the first actor to the end of the last."""
     cpu: float
     """Of both."""
-    peak: float
-    """Of the larger one, MB."""
     actors: tuple[float, ...]
     """Wall seconds of each."""
     load: float
@@ -309,8 +319,10 @@ class Measured(NamedTuple):
     """Mean loss over the last five steps of all runs."""
     k_scaling: list[float]
     """XS: CPU time per replica-step at K = 10 over that at K = 1, each round."""
-    warm_up: float
-    """Wall seconds that the first compiled pack of this shape took, two steps included; 0 without one."""
+    cold_compile: float
+    """Wall seconds that the first compiled pack took, two steps included; 0 without one."""
+    memory: dict[str, float]
+    """Peak MB of one replica by way, above the process before the model was built."""
 
     def ratios(self, way: str, what: str = "cpu") -> Spread:
         """Return how many times less than the loops a way takes, round by round."""
@@ -333,26 +345,25 @@ def measure(
     both = configs(workload, steps, SEEDS)
     shared = ray.put(prepared)
     say(f"{workload.name}: starting actors")
-    actor = ray.remote(num_cpus=0)(Worker)
-    actors = {way: [actor.remote(shared) for _ in both] for way in ways}  # type: ignore[attr-defined]
-    # Memory that a larger pack leaves behind must not show in the peaks of the others.
-    other = actor.remote(shared) if workload == XS else None  # type: ignore[attr-defined]
+    actor = actor_of(folder / f"{workload.name}-compiled")
+    actors = {way: [actor.remote(shared) for _ in both] for way in ways}
+    other = actor.remote(shared) if workload == XS else None
     short = configs(workload, 2, 1)
     ray.get(
         [
-            a.timed.remote(way, runs)
+            a.timed.remote("packs" if way == "compiled" else way, runs)
             for way in ways
             for a, runs in zip(actors[way], short, strict=True)
         ]
     )
-    warm_up = 0.0
-    if "compiled" in ways:  # once for the shape of a whole pack
+    cold_compile = 0.0
+    if "compiled" in ways:
         say(f"{workload.name}: compiling")
         whole = configs(workload, 2, SEEDS)
         clock = Clock()
         pairs = zip(actors["compiled"], whole, strict=True)
         ray.get([a.timed.remote("compiled", runs) for a, runs in pairs])
-        warm_up = clock.read()[0]
+        cold_compile = clock.read()[0]
     found: dict[str, list[Round]] = {way: [] for way in ways}
     losses: dict[str, list[list[float]]] = {}
     k_scaling = []
@@ -368,7 +379,6 @@ def measure(
                 Round(
                     wall=clock.read()[0],
                     cpu=sum(each.cpu for each in timed),
-                    peak=max(each.peak for each in timed),
                     actors=tuple(each.wall for each in timed),
                     load=load()[0],
                 )
@@ -376,12 +386,17 @@ def measure(
             losses[way] = [row for each in timed for row in each.losses]
         if other is not None:
             say(f"{workload.name}: round {number + 1} of {rounds}, K = 10 and K = 1")
-            ten, one = [run for runs in both for run in runs], both[0][:1]
-            costs = [ray.get(other.step_cost.remote(runs)) for runs in (ten, one)]
-            k_scaling.append(costs[0] / costs[1])
+            sizes = [[run for runs in both for run in runs], both[0][:1]]
+            order = sizes if number % 2 == 0 else sizes[::-1]
+            cost = {len(runs): ray.get(other.step_cost.remote(runs)) for runs in order}
+            k_scaling.append(cost[2 * SEEDS] / cost[1])
     for each in (*(each for way in ways for each in actors[way]), other):
         if each is not None:
             ray.kill(each)
+    held = {}
+    for way in ways:
+        say(f"{workload.name}: memory, {way}")
+        held[way] = memory_of(way, workload, shared, folder, actor)
     noise = both[0][0].noise
     assert noise is not None
     quiet = next(step for step, sigma in enumerate(noise.sigma) if sigma)
@@ -396,8 +411,30 @@ def measure(
         ),
         {way: _mean([loss for row in rows for loss in row[-5:]]) for way, rows in losses.items()},
         k_scaling,
-        warm_up,
+        cold_compile,
+        held,
     )
+
+
+def actor_of(cache: Path) -> Any:
+    """Return `Worker` as an actor whose compiler keeps what it makes in a folder of its own."""
+    import ray
+
+    environment = {"env_vars": {**THREADS, "TORCHINDUCTOR_CACHE_DIR": str(cache)}}
+    return ray.remote(num_cpus=0, runtime_env=environment)(Worker)
+
+
+def memory_of(way: str, workload: Workload, shared: Any, folder: Path, actor: Any) -> float:
+    """Return the peak MB of one replica of a way, above its process; `shared` is the workload, prepared."""
+    import ray
+
+    size = SEEDS if way in TOGETHER else 1
+    small = workload._replace(name=f"{workload.name}-small", layers=1, embedded=False)
+    warm, runs = (configs(each, FEWEST_STEPS, size)[0] for each in (small, workload))
+    worker = actor.remote(shared)
+    peak: float = ray.get(worker.held.remote(way, prepare(small, folder), warm, runs))
+    ray.kill(worker)
+    return peak / size
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -584,9 +621,17 @@ def floors(measured: Sequence[Measured]) -> list[Floor]:
         Floor("full fine-tuning: CPU seconds, loops / packs", ">= 2.0", ratio.text(2), ratio.median >= 2.0)
         for ratio in (each.ratios("packs") for each in measured if each.workload == FULL)
     ]  # fmt: skip
+    of_memory = [
+        Floor(
+            f"{'LoRA' if each.workload == XS else 'full'}, {way}: memory of a replica in a pack of {SEEDS} / "
+            "of one loop", "<= 1.2", f"{share:.2f}", share <= 1.2,
+        )
+        for each in measured if each.workload in (XS, FULL)
+        for way, share in memory_shares(each).items()
+    ]  # fmt: skip
     found = next((each for each in measured if each.workload == XS), None)
     if found is None:
-        return of_full
+        return [*of_full, *of_memory]
     cpu, wall = found.ratios("packs", "cpu"), found.ratios("packs", "wall")
     alone = spread(
         [
@@ -596,7 +641,6 @@ def floors(measured: Sequence[Measured]) -> list[Floor]:
     )
     faster = found.ratios("compiled")
     ratio = spread(found.k_scaling)
-    memory_ratio = found.of("packs", "peak").median / found.of("loops", "peak").median
     return [
         Floor("CPU seconds, loops / packs", ">= 3.0", cpu.text(2), cpu.median >= 3.0),
         Floor("wall, loops / packs", ">= 3.0", wall.text(2), wall.median >= 3.0),
@@ -606,17 +650,21 @@ def floors(measured: Sequence[Measured]) -> list[Floor]:
         ),
         Floor("CPU seconds, the gate of an automatic check", ">= 2.5", cpu.text(2), cpu.median >= 2.5),
         Floor(
-            f"CPU seconds, loops / compiled packs (warm-up of {found.warm_up:.0f} s apart)",
+            f"CPU seconds, loops / compiled packs (compiling, cold: {found.cold_compile:.0f} s apart)",
             ">= 4.0", faster.text(2), faster.median >= 4.0,
         ),
         Floor(
             "cost of a replica-step, K = 10 / K = 1", "<= 0.5", ratio.text(2), ratio.median <= 0.5
         ),
-        Floor(
-            "peak memory, pack of 5 / one loop", "<= 1.5", f"{memory_ratio:.2f}", memory_ratio <= 1.5
-        ),
         *of_full,
+        *of_memory,
     ]  # fmt: skip
+
+
+def memory_shares(measured: Measured) -> dict[str, float]:
+    """Return what a replica of a pack holds, as a multiple of what one loop holds."""
+    one = measured.memory["loops"]
+    return {way: held / one for way, held in measured.memory.items() if way in TOGETHER}
 
 
 def word(floor: Floor) -> str:
@@ -638,12 +686,12 @@ def print_measured(console: Console, measured: Measured) -> None:
         table.add_row(
             way, wall.text(), measured.of(way, "cpu").text(), measured.ratios(way, "wall").text(2),
             measured.ratios(way).text(2), f"{work / wall.median:.1f}",
-            f"{measured.of(way, 'peak').median:.0f}", f"{measured.final[way]:.3f}",
+            f"{measured.memory[way]:.1f}", f"{measured.final[way]:.3f}",
         )  # fmt: skip
     console.print(table)
     console.print(
         "median (range) of the rounds; x: times less than loops; steps/s: replica-steps a second; MB: peak "
-        "of an actor; loss: of the last 5 steps\n"
+        "of one replica above its process; loss: of the last 5 steps\n"
         f"largest difference of a loss before the first noise, packs against loops: "
         f"{measured.difference:.1e}; load {min(r.load for r in measured.rounds['packs'])} to "
         f"{max(r.load for r in measured.rounds['packs'])}",
@@ -720,14 +768,15 @@ def record(
                 "loss_difference": each.difference,
                 "last_loss": each.final,
                 "k_scaling": each.k_scaling,
-                "compile_seconds": each.warm_up,
+                "cold_compile_seconds": each.cold_compile,
+                "replica_mb": each.memory,
+                "replica_mb_times_loop": memory_shares(each),
                 "ways": {
                     way: {
                         "wall": each.of(way, "wall")._asdict(),
                         "cpu": each.of(way, "cpu")._asdict(),
                         "times_loops_wall": each.ratios(way, "wall")._asdict(),
                         "times_loops_cpu": each.ratios(way)._asdict(),
-                        "peak_mb": each.of(way, "peak").median,
                         "rounds": [one._asdict() for one in rounds],
                     }
                     for way, rounds in each.rounds.items()
@@ -757,11 +806,11 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=40, help="optimiser steps of every run")
     parser.add_argument("--only", nargs="+", default=names, choices=names, help="parts to measure")
-    parser.add_argument("--out", type=Path, help="folder for replicas.json and replicas.svg")
+    add_out(parser, "replicas")
     options = parser.parse_args()
-    if options.rounds < 1 or options.steps < 12:
+    if options.rounds < 1 or options.steps < FEWEST_STEPS:
         parser.error(
-            "--rounds is at least 1, --steps at least 12: fewer leave stages without a step"
+            f"--rounds is at least 1, --steps at least {FEWEST_STEPS}: fewer leave stages without a step"
         )
     console = Console()
     if not console.is_terminal:
@@ -772,17 +821,13 @@ def main() -> None:
     parts: list[Arithmetic] = []
 
     def save() -> None:
-        if options.out is None:
-            return
         settings = {
             "rounds": options.rounds, "steps": options.steps, "seeds": SEEDS, "configs": 2, "actors": 2,
             "load_before": before, "load_after": load(),
         }  # fmt: skip
-        options.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(record(measured, parts, settings), indent=1)
-        (options.out / "replicas.json").write_text(f"{text}\n")
-        if measured:
-            (options.out / "replicas.svg").write_text(picture(measured))
+        drawn = picture(measured) if measured else None
+        whole = set(options.only) == set(names)
+        write(options.out, "replicas", record(measured, parts, settings), drawn, whole=whole)
 
     with tempfile.TemporaryDirectory() as name, console.status("starting") as status:
         folder = Path(name)

@@ -1,6 +1,6 @@
 """What a replica costs in a pack: CPU time per replica-step and memory, against the size of things.
 
-    python benchmarks/scaling.py [--rounds 5] [--steps 2] [--only NAME ...] [--out benchmarks/results]
+    python benchmarks/scaling.py [--rounds 5] [--steps 2] [--only NAME ...] [--out FOLDER]
 
 The pack: `ReplicaPack` with LoRA of rank 8 on all linear layers of a random Qwen2 model, noise on the
 hidden states of every layer, a dead zone at the output of one. The base point is 28 layers, hidden size
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import multiprocessing
 import random
 import statistics
@@ -36,14 +35,15 @@ from _common import (
     Prepared,
     Spread,
     Workload,
+    add_out,
     configs,
     curves,
     load,
     machine,
-    memory,
+    peak_above,
     prepare,
-    reset_peak,
     spread,
+    write,
 )
 from rich.console import Console
 from rich.table import Table
@@ -179,12 +179,12 @@ def peak_of(workload: Workload, replicas: int, answer: Any) -> None:
         # A model and a step of a smaller pack first: libraries take memory when they are first used.
         small = prepare(workload._replace(name="small", layers=1), Path(folder))
         open_pack(small, 1)
-        gc.collect()
-        before = memory(peak=False)
-        reset_peak()
-        pack = open_pack(prepared, replicas)
-        pack.train_to(pack.step + 1)
-        answer.send(memory() - before)
+
+        def work() -> None:
+            pack = open_pack(prepared, replicas)
+            pack.train_to(pack.step + 1)
+
+        answer.send(peak_above(work))
 
 
 def measure_memory(workload: Workload, replicas: int) -> float:
@@ -314,7 +314,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds, at least 5 to keep a figure")
     parser.add_argument("--steps", type=int, default=2, help="steps of a pack in a round")
     parser.add_argument("--only", nargs="+", default=names, choices=names, help="parts to measure")
-    parser.add_argument("--out", type=Path, help="folder for scaling.json and scaling.svg")
+    add_out(parser, "scaling")
     options = parser.parse_args()
     if options.rounds < 1 or options.steps < 1 or options.rounds * options.steps > STEPS // 18:
         parser.error(f"--rounds and --steps are at least 1, their product at most {STEPS // 18}")
@@ -345,15 +345,11 @@ def main() -> None:
         f"torch {about['torch']}; medians of {options.rounds} rounds of {options.steps} steps",
         highlight=False,
     )
-    if options.out:
-        settings = {
-            "rounds": options.rounds, "steps": options.steps,
-            "load_before": before, "load_after": after,
-        }  # fmt: skip
-        options.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(record(result, settings), indent=1)
-        (options.out / "scaling.json").write_text(f"{text}\n")
-        (options.out / "scaling.svg").write_text(picture(result))
+    settings = {
+        "rounds": options.rounds, "steps": options.steps, "load_before": before, "load_after": after,
+    }  # fmt: skip
+    whole = set(options.only) == set(names)
+    write(options.out, "scaling", record(result, settings), picture(result), whole=whole)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ writes TensorBoard logs and a report. It does less, too: the clean arm is one tr
 
 The rows lie on the disk for the hand-written side, and the package generates them inside its time.
 
-Both draw adapters, rows and noise under the same keys, so their losses are held against each other cell by
-cell; when they do not agree, the two did not do the same work and the command ends with 1. They are not
-equal bit for bit: sums are taken in another order, and a value at the edge of the dead zone may then fall to
-either side.
+All draw adapters, rows and noise under the same keys, so in every round the losses of both sweeps by hand
+are held against those of the study cell by cell; where any do not agree, the work was not the same and the
+command ends with 1. They are not equal bit for bit: sums are taken in another order, and a value at the edge
+of the dead zone may then fall to either side.
 
 A study takes at least six seeds. With fewer `--seeds` the package still trains six and the ratio is against
 it; the cells that both have are compared.
@@ -45,7 +45,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from _common import Bar, Spread, bars, load, machine, spread
+from _common import Bar, Spread, add_out, bars, load, machine, spread, write
 from rich.console import Console
 from rich.table import Table
 
@@ -229,8 +229,10 @@ def write_study(study: Mapping[str, Any], folder: Path) -> Path:
 
 
 class Compared(NamedTuple):
-    """The loss of one arm under one scenario and condition, from both sides."""
+    """The loss of one arm under one scenario and condition, from a way by hand and from the package."""
 
+    way: str
+    round: int
     threshold: float
     arm: str
     condition: str
@@ -250,7 +252,17 @@ class Compared(NamedTuple):
         return self.typical <= TYPICAL and abs(self.theirs - self.ours) <= tolerance
 
 
-def compare(theirs: Swept, ours: Swept) -> list[Compared]:
+def compare_round(swept: Mapping[str, Sequence[Swept]], number: int) -> list[Compared]:
+    """Hold every way of a round against the package."""
+    return [
+        one
+        for way in swept
+        if way != PACKAGE
+        for one in compare(way, number, swept[way][number], swept[PACKAGE][number])
+    ]
+
+
+def compare(way: str, number: int, theirs: Swept, ours: Swept) -> list[Compared]:
     """Hold the cells of both sides against each other."""
     missing = sorted(set(theirs.cells) - set(ours.cells))
     if missing:
@@ -266,7 +278,7 @@ def compare(theirs: Swept, ours: Swept) -> list[Compared]:
                 error = statistics.stdev(one) / math.sqrt(len(one)) if len(one) > 1 else math.nan
                 found.append(
                     Compared(
-                        threshold, arm, condition,
+                        way, number, threshold, arm, condition,
                         statistics.fmean(one), statistics.fmean(other),
                         statistics.median(apart), max(apart), error,
                     )
@@ -304,13 +316,19 @@ def print_times(console: Console, swept: Mapping[str, Sequence[Swept]]) -> None:
 
 
 def print_losses(console: Console, compared: Sequence[Compared]) -> None:
-    """Print the faulty loss of every arm from both sides, and how far everything is apart."""
-    table = Table(title="Loss under the fault, mean over the seeds")
-    for heading in ("threshold", "arm", "by hand", "± error", "aqn-tune run", "furthest seed", ""):
-        table.add_column(heading, justify="left" if heading == "arm" else "right")
+    """Print the faulty losses of the last round, all that do not agree, and how far everything is apart."""
+    table = Table(title="Loss, mean over the seeds: the last round under the fault, and all apart")
+    for heading in (
+        "way", "round", "condition", "threshold", "arm", "by hand", "± error", "aqn-tune run",
+        "furthest seed", "",
+    ):  # fmt: skip
+        justify = "left" if heading in ("way", "condition", "arm") else "right"
+        table.add_column(heading, justify=justify, no_wrap=heading == "way")  # type: ignore[arg-type]
+    last = max(one.round for one in compared)
     for one in compared:
-        if one.condition == "faulty":
+        if (one.round == last and one.condition == "faulty") or not one.agrees():
             table.add_row(
+                one.way.removeprefix("by hand, "), str(one.round + 1), one.condition,
                 f"{one.threshold:g}", one.arm, f"{one.theirs:.4f}", f"{one.error:.4f}",
                 f"{one.ours:.4f}", f"{one.furthest:.1e}", "" if one.agrees() else "[red]apart[/]",
             )  # fmt: skip
@@ -375,9 +393,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=int, default=6, help="seeds of every scenario and arm")
     parser.add_argument("--rows", type=int, default=256, help="rows of an evaluation")
-    parser.add_argument(
-        "--out", type=Path, default=HERE / "results", help="folder for sweep.json and sweep.svg"
-    )
+    add_out(parser, "sweep")
     options = parser.parse_args()
     if min(options.rounds, options.batch, options.seeds, options.rows) < 1 or options.steps < 12:
         parser.error("--steps is at least 12 (fewer leave stages without a step), the rest 1")
@@ -385,13 +401,14 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Measure, print and write; return 1 where the two sides do not agree."""
+    """Measure, print and write; return 1 where a way does not agree with the package in some round."""
     options = parse()
     console = Console()
     if not console.is_terminal:
         console.width = 120
     before = load()
     swept: dict[str, list[Swept]] = {way: [] for way in WAYS}
+    compared: list[Compared] = []
     size = (
         f"{len(THRESHOLDS)} thresholds x {len(ARMS)} arms x {options.seeds} seeds, {options.steps} steps "
         f"of {options.batch} rows"
@@ -413,16 +430,13 @@ def main() -> int:
                         done = by_hand(study, options.seeds, Path(room), reuse_actors=reuse)
                 swept[way].append(done)
             # After every round, so that an interrupted measurement is not lost.
-            compared = compare(swept[BY_HAND][-1], swept[PACKAGE][-1])
+            compared += compare_round(swept, number)
             settings = {
                 **{key: value for key, value in vars(options).items() if key != "out"},
                 "workers": WORKERS, "thresholds": THRESHOLDS, "arms": ARMS,
                 "load_before": before, "load_after": load(),
             }  # fmt: skip
-            options.out.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(record(swept, compared, settings), indent=1)
-            (options.out / "sweep.json").write_text(f"{text}\n")
-            (options.out / "sweep.svg").write_text(picture(swept, size))
+            write(options.out, "sweep", record(swept, compared, settings), picture(swept, size))
     print_times(console, swept)
     print_losses(console, compared)
     about = machine()
