@@ -13,7 +13,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,14 @@ from aqn_tune.search.ranking import finalists
 from aqn_tune.search.runner import run_search
 from aqn_tune.search.work import Work
 from aqn_tune.study.cells import Finalist
-from aqn_tune.study.engine import BaseArrays, Engine, RungReport
+from aqn_tune.study.engine import (
+    BaseArrays,
+    Engine,
+    RungReport,
+    Shared,
+    SplitArrays,
+    SplitsByName,
+)
 from aqn_tune.study.folder import StudyFolder
 from aqn_tune.study.layers import resolve_layers
 from aqn_tune.study.runs import Condition, Pack, Run, Setting
@@ -37,6 +44,7 @@ from aqn_tune.study.scenario import Scenario, ScenarioSpec
 from aqn_tune.study.schema import ComputeSpec, Study
 from aqn_tune.study.seeds import stream_seed
 from aqn_tune.tasks import WordProblems
+from aqn_tune.tasks.splitting import SplitName
 
 LAYERS = 28
 
@@ -62,8 +70,8 @@ class Behaviour(NamedTuple):
     """Packs whose name starts with it raise."""
     user_error: str = ""
     """Every pack raises a UserError with this text."""
-    vandal: bool = False
-    """Write into the base arrays."""
+    vandal: str = ""
+    """Write into what packs share: base or tokens."""
     flag: str = ""
     log: str = ""
     """File that gets a line `pack step pid` per rung trained."""
@@ -80,7 +88,11 @@ def engine(behaviour: Behaviour = USUAL) -> Engine:
 
     # Workers do not have the tests on their path.
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    return Engine(load_base=load_base, open_pack=functools.partial(Synthetic, behaviour=behaviour))
+    return Engine(
+        load_base=load_base,
+        load_splits=load_splits,
+        open_pack=functools.partial(Synthetic, behaviour=behaviour),
+    )
 
 
 def load_base(setting: Setting) -> BaseArrays:
@@ -88,13 +100,19 @@ def load_base(setting: Setting) -> BaseArrays:
     return {"weight": np.arange(64, dtype=np.float32)}
 
 
+def load_splits(setting: Setting, names: Sequence[SplitName], max_length: int) -> SplitsByName:
+    """Return one row per split that must come back unchanged."""
+    row = np.arange(max_length)[np.newaxis]
+    return {name: SplitArrays(row, row > 8, row >= 0, 8, max_length) for name in names}
+
+
 class Synthetic:
     """A `PackTraining`. Its state is a random walk per run, so that a lost state changes results."""
 
     def __init__(
-        self, pack: Pack, setting: Setting, base: BaseArrays, *, behaviour: Behaviour
+        self, pack: Pack, setting: Setting, shared: Shared, *, behaviour: Behaviour
     ) -> None:
-        self.pack, self.setting, self.base, self.behaviour = pack, setting, base, behaviour
+        self.pack, self.setting, self.shared, self.behaviour = pack, setting, shared, behaviour
         self.keys = [run.training_key(setting) for run in pack.runs]
         self.walk = [0.0] * len(pack.runs)
         self.failed = [False] * len(pack.runs)
@@ -108,8 +126,10 @@ class Synthetic:
             raise RuntimeError("no such kernel")
         if behave.user_error:
             raise UserError(behave.user_error)
-        if behave.vandal:
-            self.base["weight"][0] = 1.0
+        if behave.vandal == "base":
+            self.shared.base["weight"][0] = 1.0
+        if behave.vandal == "tokens":
+            self.shared.splits["train"].tokens[0, 0] = 1
         if behave.sleep:
             time.sleep(behave.sleep)
         self._maybe_die(step)
@@ -193,8 +213,12 @@ class Synthetic:
         self.index, self.walk, self.failed = json.loads(state)
 
     def close(self) -> None:
-        if not np.array_equal(self.base["weight"], np.arange(64)):
+        if not np.array_equal(self.shared.base["weight"], np.arange(64)):
             raise AssertionError("the base was written to")
+        for name in ("train", self.pack.split):
+            row = self.shared.splits[name].tokens[0]
+            if not np.array_equal(row, np.arange(self.pack.runs[0].training.max_length)):
+                raise AssertionError(f"the {name} split was written to")
 
 
 def _rows(setting: Setting, split: str) -> int:
@@ -305,9 +329,9 @@ def inline(
     work: Work, *, setting: Setting, engine: Engine, folder: StudyFolder, **rest: Any
 ) -> None:
     """Stand in for `aqn_tune.search.execute.execute`: one worker, in this process, without Ray."""
-    base = engine.load_base(setting)
+    shared = engine.load(setting, rest["split"], rest["max_length"])
     while (pack := work.next_pack()) is not None:
-        training = engine.open_pack(pack, setting, base)
+        training = engine.open_pack(pack, setting, shared)
         while work.arrived(pack, training.advance()):
             pass
         training.close()

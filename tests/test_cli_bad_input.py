@@ -243,6 +243,11 @@ CASES: dict[str, tuple[tuple[str, str], str, tuple[str, ...]]] = {
         "training.compile=true",
         ("training.compile", "dead_zone acts inside the decoder layers"),
     ),
+    "compiled layers with a quantizer inside": (
+        ("      threshold: 0.2\n", "      threshold: 0.2\n  quantization: mxfp4\n"),
+        "training.compile=true",
+        ("training.compile", "mxfp4 acts inside the decoder layers"),
+    ),
     "compiled full fine-tuning": (
         ("study: demo\n", "study: demo\ntraining: {method: {kind: full}}\n"),
         "training.compile=true",

@@ -43,7 +43,7 @@ def inline(*, breaks: tuple[str, ...] = (), stage: str = "", runs: int = 1000) -
     """
 
     def run(work: Work, *, setting: Setting, engine: Engine, stage: str = "", **rest: Any) -> None:
-        base = engine.load_base(setting)
+        shared = engine.load(setting, rest["split"], rest["max_length"])
         for _ in range(runs):
             pack = work.next_pack()
             if pack is None:
@@ -51,7 +51,7 @@ def inline(*, breaks: tuple[str, ...] = (), stage: str = "", runs: int = 1000) -
             if stage == where and pack.name.startswith(breaks):
                 work.broke(pack, "its worker died 3 times")
                 continue
-            training = engine.open_pack(pack, setting, base)
+            training = engine.open_pack(pack, setting, shared)
             while work.arrived(pack, training.advance()):
                 pass
 

@@ -170,6 +170,20 @@ def test_the_exported_adapter_reproduces_the_recorded_clean_loss(
     assert float(loss) == pytest.approx(recorded.loss, abs=1e-5)
 
 
+def test_confirmed_models_write_their_answers_and_those_of_the_search_do_not(
+    done: tuple[Path, StudyFolder],
+) -> None:
+    """`confirm.generate` is on in this study; the untrained base, at step 0, is never asked."""
+    ledger = Ledger(done[1].ledger)
+    rows = [row for row in ledger.evaluations.values() if row.step > 0 and row.loss is not None]
+    confirmed = [row for row in rows if ledger.trainings[row.training_key].stage == "confirm"]
+    searched = [row for row in rows if ledger.trainings[row.training_key].stage == "search"]
+    assert confirmed
+    assert searched
+    assert [row for row in confirmed if row.generated_exact_match is None] == []
+    assert [row for row in searched if row.generated_exact_match is not None] == []
+
+
 def test_everything_is_written(done: tuple[Path, StudyFolder]) -> None:
     folder = done[1]
     verdict = json.loads(folder.verdict.read_text())

@@ -129,6 +129,14 @@ def test_more_flips_than_values_are_a_clear_error() -> None:
         apply(make("bit_flip", bits="sign", count=9), sample(1, 3, 4), valid=valid)
 
 
+def test_a_count_hits_nothing_where_all_is_padding() -> None:
+    """So it is for rows that are over while others of the pass are written on."""
+    x = sample(2, 3, 4)
+    valid = torch.tensor([True, False]).view(2, 1, 1).expand(2, 3, 1)
+    hit = bits(apply(make("bit_flip", bits="sign", count=2), x, valid=valid)) != bits(x)
+    assert hit.sum(dim=(1, 2)).tolist() == [2, 0]
+
+
 @pytest.mark.parametrize("rate", [1e-3, 0.3, 0.9])
 def test_a_rate_is_met_within_sampling_error(rate: float) -> None:
     x = sample(2, 500, 100)

@@ -198,7 +198,9 @@ def run_of(policy=None, faults=(FAULT,), **changes) -> Run:
 
 def advance(folder: Path, run: Run):
     setting = tiny_setting(folder)
-    return ENGINE.open_pack(one_pack(run, rungs=(6,)), setting, ENGINE.load_base(setting)).advance()
+    return ENGINE.open_pack(
+        one_pack(run, rungs=(6,)), setting, ENGINE.load(setting, "test", 64)
+    ).advance()
 
 
 @pytest.mark.parametrize("carrier", ["hidden", "rmsnorm_weight", "linear_weight"])
@@ -405,7 +407,7 @@ def test_a_diverging_run_does_not_break_its_pack(folder: Path) -> None:
     wild = run_of(late, learning_rate=1e38)
     setting = tiny_setting(folder)
     opened = ENGINE.open_pack(
-        one_pack(wild, healthy, rungs=(6,)), setting, ENGINE.load_base(setting)
+        one_pack(wild, healthy, rungs=(6,)), setting, ENGINE.load(setting, "test", 64)
     )
     report = opened.advance()
     assert [row.status for row in report.trainings] == ["failed", "finished"]

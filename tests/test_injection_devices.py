@@ -37,6 +37,7 @@ from aqn_tune.models.load import build_model, decoder_layers, load_tokenizer
 from aqn_tune.noise import EffectiveNoise
 from aqn_tune.quantization import MXFP4, NVFP4, Int8, QuantizerSpec
 from aqn_tune.study.device import HEALTHY, Device
+from aqn_tune.study.engine import Shared
 from aqn_tune.study.runs import Condition, Run, Setting
 from aqn_tune.study.scenario import ScenarioSpec
 from aqn_tune.study.seeds import stream_seed
@@ -567,8 +568,8 @@ def every_run() -> list[Run]:
 
 
 @functools.cache
-def base(folder: Path) -> Any:
-    return ENGINE.load_base(tiny_setting(folder))
+def shared(setting: Setting) -> Shared:
+    return ENGINE.load(setting, "test", 64)
 
 
 def results(folder: Path, runs: Sequence[Run]) -> list[tuple[Any, ...]]:
@@ -577,7 +578,7 @@ def results(folder: Path, runs: Sequence[Run]) -> list[tuple[Any, ...]]:
     task = setting.task.model_copy(update={"train_rows": 16, "test_rows": 16})
     setting = setting.model_copy(update={"task": task})
     steps = runs[0].training.steps
-    report = ENGINE.open_pack(one_pack(*runs, rungs=(steps,)), setting, base(folder)).advance()
+    report = ENGINE.open_pack(one_pack(*runs, rungs=(steps,)), setting, shared(setting)).advance()
     recorded = []
     for training in report.trainings:
         own = [e for e in report.evaluations if e.training_key == training.training_key]
@@ -763,7 +764,7 @@ def test_training_and_evaluation_on_a_device_meet_the_same_places(folder: Path, 
         run = run_on(on, training=tiny_training(steps=2), conditions=(condition,))
         setting = tiny_setting(folder)
         report = ENGINE.open_pack(
-            one_pack(run, rungs=(2,)), setting, ENGINE.load_base(setting)
+            one_pack(run, rungs=(2,)), setting, ENGINE.load(setting, "test", 64)
         ).advance()
     assert report.trainings[0].error == ""
     assert len(seen) == 4  # two steps, two batches
@@ -777,7 +778,7 @@ def evaluated(
     """Return the evaluations of the untrained model."""
     run = run_on(conditions=tuple(conditions), **fields)
     setting = tiny_setting(folder, dtype=dtype)
-    opened = ENGINE.open_pack(one_pack(run, rungs=(0,)), setting, ENGINE.load_base(setting))
+    opened = ENGINE.open_pack(one_pack(run, rungs=(0,)), setting, ENGINE.load(setting, "test", 64))
     report = opened.advance()
     assert report.trainings[0].error == ""
     return list(report.evaluations)
@@ -1085,7 +1086,7 @@ def test_a_format_of_the_evaluation_alone_does_not_train(folder: Path) -> None:
 def error_of(folder: Path, *conditions: Condition) -> str:
     setting = tiny_setting(folder)
     run = run_on(conditions=(CLEAN, *conditions))
-    opened = ENGINE.open_pack(one_pack(run, rungs=(0,)), setting, ENGINE.load_base(setting))
+    opened = ENGINE.open_pack(one_pack(run, rungs=(0,)), setting, ENGINE.load(setting, "test", 64))
     report = opened.advance()
     (row,) = report.trainings
     assert (row.status == "failed") == bool(row.error)

@@ -18,7 +18,7 @@ from aqn_tune.injection.injection import Injection
 from aqn_tune.injection.observe import activation
 from aqn_tune.ledger import Ledger
 from aqn_tune.ledger.rows import MechanismRow, Observation, SiteActivation
-from aqn_tune.models.load import base_arrays, build_model, load_tokenizer
+from aqn_tune.models.load import build_model, load_tokenizer
 from aqn_tune.quantization import Quantizer
 from aqn_tune.search.record import Recorder
 from aqn_tune.study.cells import resolve_run
@@ -494,9 +494,9 @@ def recorded(folder: Path, root: Path, *, rungs: tuple[int, ...] = (2, 6)) -> An
     """Return a pack of two observed runs, its open training, and a recorder of an empty ledger."""
     setting = tiny_setting(folder)
     pack = one_pack(a_run(FAULT), a_run(FAULT, policy=NOISE, seed=4), rungs=rungs)
-    base = base_arrays(setting.model)
+    shared = ENGINE.load(setting, "test", 64)
     ledger = Ledger(root / "ledger.jsonl")
-    return pack, lambda: ENGINE.open_pack(pack, setting, base), Recorder(ledger, root)
+    return pack, lambda: ENGINE.open_pack(pack, setting, shared), Recorder(ledger, root)
 
 
 def rows_of(report: Any) -> tuple[Any, ...]:

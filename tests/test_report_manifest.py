@@ -8,6 +8,8 @@ from pathlib import Path
 
 from fake_ledger import make_setting, make_study
 
+from aqn_tune.ledger import Ledger
+from aqn_tune.ledger.rows import TrainingRow
 from aqn_tune.report.manifest import (
     finish_manifest,
     read_manifest,
@@ -31,6 +33,33 @@ def test_a_manifest_names_what_a_study_was_run_with(tmp_path: Path) -> None:
     assert start["code_hash"] == code_hash()
     finish_manifest(folder)
     assert read_manifest(folder)["finished"] >= content["started"]
+
+
+def training(key: str, *, lockstep: int, limit: str = "") -> TrainingRow:
+    return TrainingRow(
+        training_key=key, stage="search", seed=2, steps=20, step_reached=20, status="finished",
+        seconds=1.0, pack="p", pack_size=5, lockstep=lockstep, lockstep_limit=limit,
+    )  # fmt: skip
+
+
+def test_a_manifest_says_how_many_runs_shared_their_passes_and_why_not_more(
+    tmp_path: Path,
+) -> None:
+    study = make_study(tmp_path)
+    folder = study_folder(study)
+    write_manifest(folder, study, make_setting(study))
+    finish_manifest(folder)
+    assert read_manifest(folder)["lockstep"] == {"largest": 0, "limits": {}}
+    limit = "at most 2 were asked for"
+    Ledger(folder.ledger).append(
+        [
+            training("a", lockstep=3),
+            training("b", lockstep=2, limit=limit),
+            training("c", lockstep=1, limit=limit),
+        ]
+    )
+    finish_manifest(folder)
+    assert read_manifest(folder)["lockstep"] == {"largest": 3, "limits": {limit: 2}}
 
 
 def test_continuing_keeps_the_first_start_and_lists_both(tmp_path: Path) -> None:

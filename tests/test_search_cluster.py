@@ -27,6 +27,7 @@ __all__ = ["ray_two"]
         ({"workers": "auto", "cpus_per_worker": 16}, 1, 16),
         ({"workers": "auto", "gpus_per_worker": 0.5}, 4, 8),
         ({"workers": "auto", "gpus_per_worker": 4}, 1, 8),
+        ({"workers": "auto", "gpus_per_worker": 1, "cpus_per_worker": 12}, 1, 12),
         ({"workers": "auto", "address": "somewhere"}, 64, None),
     ],
 )

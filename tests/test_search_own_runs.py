@@ -58,7 +58,8 @@ def inline_packs(limit: int = 1000, breaks: str = "-") -> Callable[..., None]:
             if pack.name.startswith(breaks):
                 work.broke(pack, "its worker died")
                 continue
-            training = engine.open_pack(pack, setting, engine.load_base(setting))
+            shared = engine.load(setting, rest["split"], rest["max_length"])
+            training = engine.open_pack(pack, setting, shared)
             while work.arrived(pack, training.advance()):
                 pass
 
@@ -82,7 +83,7 @@ def run(
         packs.append(pack)
         return made.open_pack(pack, *rest)
 
-    watched = Engine(load_base=made.load_base, open_pack=open_pack)
+    watched = made._replace(open_pack=open_pack)
     with pytest.MonkeyPatch.context() as patch:
         for stage, function in (("search", run_search), ("confirm", run_confirm)):
             if stage in stages:
@@ -205,8 +206,8 @@ def test_a_run_that_broke_off_is_tried_again_and_spoils_nothing(tmp_path: Path) 
     study = study_of(tmp_path, reuse=False)
     folder = study_folder(study)
     ledger, _ = run(study, how=inline_packs(breaks="own-control005"))
-    lost = CELLS - sum(cell.startswith("search/") and "/c0" not in cell
-                       for _, cell in ledger.own_trainings)  # fmt: skip
+    lost = CELLS - sum(cell.startswith("search/") and "/c0" not in cell and not row.error
+                       for (_, cell), row in ledger.own_trainings.items())  # fmt: skip
     assert 0 < lost <= 4
     left = search_left(
         study, make_setting(study), resolve_scenarios(study), folder, layer_count=LAYERS
@@ -392,6 +393,29 @@ def test_rows_of_a_worker_that_died_are_not_said_twice(tmp_path: Path) -> None:
 
 
 # -- the confirmation ------------------------------------------------------------------------------
+
+
+def test_a_confirm_run_of_its_own_that_broke_off_is_a_gap_until_it_was_tried_again(
+    tmp_path: Path,
+) -> None:
+    """Another cell may have trained the same: without a row, verdicts were written over the gap."""
+    changes: dict[str, Any] = {"sweep": {"during": ["both", "eval"]}}
+    study = study_of(tmp_path, reuse=False, **changes)
+    _, packs = run(study, "search confirm")
+    last = [pack.name for pack in packs if pack.stage == "confirm"][-1]
+    again = study_of(tmp_path / "again", reuse=False, **changes)
+    ledger, _ = run(again, "search confirm", how=inline_packs(breaks=last))
+    broken = [row for row in ledger.own_trainings.values() if row.error]
+    assert broken
+    assert {row.pack for row in broken} == {last}
+    assert all(ledger.trainings[row.training_key].status == "finished" for row in broken)
+    gaps = load_results(study_folder(again)).gaps
+    assert any("train for themselves (--no-reuse) broke off" in gap for gap in gaps)
+    ledger, packs = run(again, "confirm")
+    assert [pack.name for pack in packs] == [last]
+    assert not any(row.error for row in ledger.own_trainings.values())
+    gaps = load_results(study_folder(again)).gaps
+    assert not any("--no-reuse" in gap for gap in gaps)
 
 
 def test_the_confirmation_trains_every_cell_and_comes_to_the_same(tmp_path: Path) -> None:

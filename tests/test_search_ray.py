@@ -209,9 +209,12 @@ def test_an_exception_is_no_number_and_controls_are_tried_again(
     assert ledger.search == before
 
 
-def test_the_base_arrays_are_shared_and_read_only(ray_two: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("vandal", ["base", "tokens"])
+def test_weights_and_tokens_are_shared_and_read_only(
+    ray_two: None, tmp_path: Path, vandal: str
+) -> None:
     study = make_study(tmp_path, search=SMALL)
-    _, ledger = search(study, Behaviour(vandal=True))
+    _, ledger = search(study, Behaviour(vandal=vandal))
     assert {"assignment destination is read-only"} == {
         row.error.rsplit(": ", 1)[1] for row in ledger.trainings.values()
     }
@@ -222,6 +225,30 @@ def test_a_user_error_of_a_worker_ends_the_search(ray_two: None, tmp_path: Path)
     with pytest.raises(UserError, match=r"^no such file: train\.jsonl$"):
         search(study, Behaviour(user_error="no such file: train.jsonl"))
     assert not Ledger(study_folder(study).ledger).trainings
+
+
+def test_rows_that_cannot_be_loaded_end_the_search_before_its_first_trial(
+    ray_two: None, tmp_path: Path
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise UserError("row 3 needs 70 tokens")
+
+    study = make_study(tmp_path, search=SMALL)
+    folder, opened = study_folder(study), tmp_path / "log"
+    made = engine(Behaviour(log=str(opened)))._replace(load_splits=refuse)
+    with pytest.raises(UserError, match=r"^row 3 needs 70 tokens$"):
+        run_search(
+            study,
+            make_setting(study),
+            make_scenarios(study),
+            folder,
+            layer_count=LAYERS,
+            engine=made,
+        )
+    ledger = Ledger(folder.ledger)
+    assert not ledger.trainings
+    assert not ledger.search
+    assert not opened.exists()
 
 
 def test_an_engine_that_no_worker_can_load_ends_the_search(ray_two: None, tmp_path: Path) -> None:

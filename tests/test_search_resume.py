@@ -264,7 +264,7 @@ def reported(tmp_path: Path) -> tuple[Study, Recorder, Pack, list[EvaluationRow 
     pack = _pack(study)
     setting = make_setting(study)
     made = engine()
-    report = made.open_pack(pack, setting, made.load_base(setting)).advance()
+    report = made.open_pack(pack, setting, made.load(setting, pack.split, 64)).advance()
     recorder = Recorder(Ledger(tmp_path / "ledger.jsonl"), tmp_path)
     rows = [*report.evaluations, *report.trainings]
     recorder.report(pack, rows)
@@ -310,6 +310,22 @@ def test_another_pack_may_round_differently_and_the_first_holds(reported: Report
         first.training_key, 5, first.condition, first.scenario, "validation"
     )
     assert held == first
+
+
+def test_a_pack_in_other_parts_may_round_differently_and_the_first_holds(
+    reported: Reported,
+) -> None:
+    """The memory that is free decides how many of its runs share a pass."""
+    _, recorder, pack, rows = reported
+    size = recorder.ledger.path.stat().st_size
+    changed = [
+        r.model_copy(update={"loss": (r.loss or 0) + 1e-7})
+        if isinstance(r, EvaluationRow)
+        else r.model_copy(update={"lockstep": r.lockstep + 1})
+        for r in rows
+    ]
+    recorder.report(pack, changed)
+    assert recorder.ledger.path.stat().st_size == size
 
 
 def test_the_untrained_base_is_no_state_of_the_clean_training(reported: Reported) -> None:
@@ -358,7 +374,7 @@ def test_state_files(tmp_path: Path) -> None:
     study = make_study(tmp_path)
     pack, other = _pack(study), _pack(study, size=3)
     setting, made = make_setting(study), engine()
-    training = made.open_pack(pack, setting, made.load_base(setting))
+    training = made.open_pack(pack, setting, made.load(setting, pack.split, 64))
     report = training.advance()
     path = state_path(tmp_path / "state", pack)
     assert read_state(path, pack) is None
@@ -366,11 +382,12 @@ def test_state_files(tmp_path: Path) -> None:
     saved = read_state(path, pack)
     assert saved is not None
     assert saved.report == report
-    fresh = made.open_pack(pack, setting, made.load_base(setting))
+    fresh = made.open_pack(pack, setting, made.load(setting, pack.split, 64))
     fresh.restore(saved.state)
     assert fresh.advance().evaluations == training.advance().evaluations
     assert read_state(path, other) is None
-    assert read_state(path, pack.model_copy(update={"export": {"k": "elsewhere"}})) is not None
+    for alike in ({"export": {"k": "elsewhere"}}, {"own": {"k": "cell"}}, {"lockstep": 1}):
+        assert read_state(path, pack.model_copy(update=alike)) is not None
     half = path.with_name(path.name + ".123.tmp")
     half.write_bytes(b"{")
     drop_other_states(path.parent, "search", [pack])
@@ -385,7 +402,7 @@ def test_state_of_other_code_is_not_continued(
 ) -> None:
     study = make_study(tmp_path)
     pack, setting, made = _pack(study), make_setting(study), engine()
-    training = made.open_pack(pack, setting, made.load_base(setting))
+    training = made.open_pack(pack, setting, made.load(setting, pack.split, 64))
     path = state_path(tmp_path, pack)
     write_state(path, pack, SavedState(training.advance(), training.state()))
     monkeypatch.setattr("aqn_tune.search.state.code_hash", lambda: "another")

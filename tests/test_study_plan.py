@@ -369,6 +369,13 @@ def test_another_workload_is_not_taken_for_this_one(tmp_path: Path) -> None:
     assert find_costs(study.output, workload, 8) is None, "no model called 'synthetic' is shipped"
 
 
+def test_a_gpu_has_another_pace_than_a_cpu(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    on_gpu = make_setting(study).model_copy(update={"device": "cuda"})
+    workloads = [workload_of(setting, study.training) for setting in (make_setting(study), on_gpu)]
+    assert workloads[0] != workloads[1]
+
+
 def test_a_broken_calibration_is_named(tmp_path: Path) -> None:
     file = tmp_path / "calibration.json"
     file.write_text('{"machine": 3}')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,11 @@ from tiny import CLEAN, noise, save_tiny_model, tiny_setting, tiny_training
 
 from aqn_tune.errors import UserError
 from aqn_tune.faults import DeadZone, RelativeGaussian
+from aqn_tune.injection.address import AddressBook
+from aqn_tune.injection.fold import Entry
+from aqn_tune.injection.layout import Layout
 from aqn_tune.models.load import build_model, decoder_layers, load_tokenizer
+from aqn_tune.quantization import MXFP4
 from aqn_tune.study.device import Device
 from aqn_tune.study.runs import Run
 from aqn_tune.training.data import load_tokens
@@ -68,6 +73,40 @@ def test_compiled_packs_agree_with_themselves_and_with_eager_ones(folder: Path) 
     for mine, theirs in zip(together.train_losses, eager.train_losses, strict=True):
         assert mine[:4] == pytest.approx(theirs[:4], abs=1e-4)
     assert not any("forward" in layer.__dict__ for layer in decoder_layers(together.model))
+
+
+ON_WEIGHTS: dict[str, Any] = {"layers": (0,), "modules": ("linear",), "site": "weight"}
+CONSTANT = {"schedule": {"kind": "constant", "sigma": 0.02}}
+
+
+def noised(carrier: str) -> Entry:
+    """Return an entry with nothing but noise on every layer."""
+    return Entry(noise=noise(TRAINING, {"carrier": carrier, **CONSTANT}))
+
+
+@pytest.mark.parametrize(
+    ("entry", "inside"),
+    [
+        (Entry(Device(quantization=(MXFP4(operands="weight"),))), True),
+        (Entry(Device(quantization=(MXFP4(operands="activation"),))), True),
+        (Entry(Device(faults=(RelativeGaussian(scale=0.05, **ON_WEIGHTS),))), True),
+        (Entry(Device(faults=(RelativeGaussian(layers=(0,), scale=0.05),))), True),
+        (noised("linear_weight"), True),
+        (noised("rmsnorm_weight"), True),
+        # on the layers themselves
+        (noised("hidden"), False),
+        (Entry(Device(faults=(DeadZone(layers=(1,), threshold=0.2),))), False),
+        (Entry(skip=(1,)), False),
+        (Entry(), False),
+    ],
+    ids=[
+        "quantized weights", "quantized activations", "faulty weights", "faulty products",
+        "noised weights", "noised norms", "noised layers", "faulty layer", "skipped layer", "nothing",
+    ],
+)  # fmt: skip
+def test_what_reaches_inside_a_layer(folder: Path, entry: Entry, inside: bool) -> None:
+    book = AddressBook(build_model(tiny_setting(folder).model))
+    assert Layout(book, [entry]).reaches_inside() is inside
 
 
 def test_what_reaches_inside_a_layer_is_refused(folder: Path) -> None:

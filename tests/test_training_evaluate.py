@@ -94,7 +94,7 @@ def test_the_recorded_loss_is_that_of_plain_transformers(
     faulty = Condition(name="faulty", scenario="s", device=Device(faults=(fault,) if fault else ()))
     conditions = (CLEAN, faulty) if fault else (CLEAN,)
     run = Run(training=tiny_training(), seed=2, conditions=conditions)
-    opened = ENGINE.open_pack(one_pack(run, rungs=(0,)), setting, ENGINE.load_base(setting))
+    opened = ENGINE.open_pack(one_pack(run, rungs=(0,)), setting, ENGINE.load(setting, "test", 64))
     row = opened.advance().evaluations[-1]
     assert row.loss == pytest.approx(oracle_loss(setting, fault), abs=1e-10)
 
@@ -120,7 +120,7 @@ def test_validation_and_test_do_not_share_fault_draws(
 
         monkeypatch.setattr(evaluate_module, "stream_seed", record)
         pack = one_pack(run, rungs=(0,), split=split)
-        ENGINE.open_pack(pack, setting, ENGINE.load_base(setting)).advance()
+        ENGINE.open_pack(pack, setting, ENGINE.load(setting, split, 64)).advance()
     assert len(seen["validation"]) == 7  # one batch, seven projections
     assert len(seen["test"]) == 14
     assert not seen["validation"] & seen["test"]

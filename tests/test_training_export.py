@@ -45,7 +45,7 @@ def test_export_reproduces_the_recorded_clean_loss(
     key = run.training_key(setting)
     target = tmp_path / "adapter"
     pack = one_pack(run, rungs=(3, 6), export={key: str(target)})
-    opened = ENGINE.open_pack(pack, setting, ENGINE.load_base(setting))
+    opened = ENGINE.open_pack(pack, setting, ENGINE.load(setting, "test", 64))
     assert opened.advance().trainings[0].adapter == ""
     assert not target.exists()
     report = opened.advance()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_injection_models import ARCHITECTURES, build
 from tiny import CLEAN, LAYERS, one_pack, save_tiny_model, tiny_setting, tiny_training
-from torch import nn
+from torch import Tensor, nn
 
 from aqn_tune.errors import UserError
 from aqn_tune.faults import Bias, DeadZone, FaultSpec, RelativeGaussian, Saturation, StuckAt
@@ -97,9 +97,11 @@ def plain_prompts(*, vocabulary: int = 64) -> TokenSet:
     return TokenSet(tokens, answer, valid, 0)
 
 
-def written(pack: ReplicaPack, data: TokenSet, **fields: Any) -> list[Generated]:
+def written(
+    pack: ReplicaPack, data: TokenSet, batch_size: int = BATCH, **fields: Any
+) -> list[Generated]:
     fields = {"stream": "test", "decode": no_text, **fields}
-    return list(generated_exact_match(pack, data, BATCH, **fields))
+    return list(generated_exact_match(pack, data, batch_size, **fields))
 
 
 def with_answers(prompts: TokenSet, answers: Sequence[Sequence[int]], end: int) -> TokenSet:
@@ -230,6 +232,36 @@ def test_runs_of_a_pack_write_their_own_answers(
     assert written(pack, data) == together
     assert together[0].written != together[len(CONDITIONS)].written
     assert all(module.replica_of_fold is None for module in pack.folded)
+
+
+@pytest.mark.parametrize("batch_size", [5, 64])
+def test_batches_are_filled_with_rows_that_write_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int
+) -> None:
+    """Products over a number of rows that is no multiple of 16 round by what else is in the pass."""
+    run = Run(training=tiny_training(steps=3), seed=2, conditions=CONDITIONS)
+    pack = trained(folder, run)
+    data = some_right(pack, plain_prompts(vocabulary=384))
+    plain = written(pack, data)
+    seen: list[tuple[int, int]] = []
+    whole = generate_module.greedy
+
+    def watched(
+        model: nn.Module,
+        batch: TokenSet,
+        bound: int,
+        announce: Callable[[Tensor], None],
+        **over: Any,
+    ) -> tuple[list[tuple[int, ...]], Tensor]:
+        seen.append((len(batch.tokens), int((~over["is_over"]).sum())))
+        answers, finite = whole(model, batch, bound, announce, **over)
+        assert not any(answers[row] for row in over["is_over"].nonzero().flatten().tolist())
+        return answers, finite
+
+    monkeypatch.setattr(generate_module, "greedy", watched)
+    assert written(pack, data, batch_size) == plain
+    assert all(rows % 16 == 0 for rows, _ in seen)
+    assert sum(real for _, real in seen) == ROWS * len(CONDITIONS)
 
 
 @pytest.mark.parametrize("method", ["full", "checkpointed"])
@@ -490,7 +522,7 @@ def two_rungs(folder: Path, *, generate: bool) -> list[RungReport]:
         for seed in (2, 4)
     ]
     opened = ENGINE.open_pack(
-        one_pack(*runs, rungs=(3, 6), generate=generate), setting, ENGINE.load_base(setting)
+        one_pack(*runs, rungs=(3, 6), generate=generate), setting, ENGINE.load(setting, "test", 64)
     )
     return [opened.advance(), opened.advance()]
 

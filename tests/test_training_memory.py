@@ -83,7 +83,7 @@ def test_as_many_runs_as_fit_share_a_pack(
     free = int(packs_that_fit * needed * 2 * 2 + 8)
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     four = tuple(full_run(seed) for seed in (2, 4, 6, 8))
-    fit = memory.fitting(four, model_of(folder), data_of(folder), sharers=2)
+    fit = memory.fitting(four, model_of(folder), data_of(folder), share=0.5)
     assert fit.runs == runs
     assert fit.why.startswith("a run takes ") is (runs < 4)
 
@@ -97,15 +97,7 @@ def test_nothing_is_measured_where_memory_is_plenty(
     monkeypatch.setattr(memory, "measured_per_run", measured)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1 << 33)
     runs = (full_run(2), full_run(4))
-    assert memory.fitting(runs, model_of(folder), data_of(folder), sharers=2) == (2, "")
-
-
-@pytest.mark.parametrize(("device", "sharers"), [("cpu", 6), ("cuda", 1)])
-def test_cores_share_the_memory_of_the_host_and_not_that_of_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, device: str, sharers: int
-) -> None:
-    monkeypatch.setattr(engine_module.os, "cpu_count", lambda: 6)
-    assert engine_module._sharers(torch.device(device)) == sharers
+    assert memory.fitting(runs, model_of(folder), data_of(folder), share=0.5) == (2, "")
 
 
 @pytest.mark.parametrize(
@@ -124,11 +116,26 @@ def test_free_memory_is_what_the_container_leaves(
 
 
 @pytest.mark.parametrize(
+    ("file", "number"),
+    [("limited", 1 << 30), ("unlimited", None), ("missing", None), ("unreadable", None)],
+)
+def test_a_limit_of_the_container_is_read_from_its_file(
+    tmp_path: Path, file: str, number: int | None
+) -> None:
+    (tmp_path / "limited").write_text("1073741824\n")
+    (tmp_path / "unlimited").write_text("max\n")
+    (tmp_path / "unreadable").mkdir()
+    assert memory._number(tmp_path / file) == number
+
+
+@pytest.mark.parametrize(
     ("error", "is_memory"),
     [
         (torch.OutOfMemoryError("CUDA out of memory"), True),
         (MemoryError(), True),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
         (RuntimeError("shape mismatch"), False),
         (ValueError("DefaultCPUAllocator"), False),
     ],
@@ -143,12 +150,12 @@ def test_what_counts_as_out_of_memory(error: Exception, is_memory: bool) -> None
 def reports(folder: Path, runs: list[Run], **changes: Any) -> list[RungReport]:
     setting = tiny_setting(folder)
     pack = one_pack(*runs, rungs=(3, runs[0].training.steps), **changes)
-    opened = ENGINE.open_pack(pack, setting, ENGINE.load_base(setting))
+    opened = ENGINE.open_pack(pack, setting, ENGINE.load(setting, "test", 64))
     return [opened.advance(), opened.advance()]
 
 
 def numbers(report: RungReport) -> list[Any]:
-    apart = {"seconds", "eval_seconds", "lockstep", "lockstep_limit"}
+    apart = {"seconds", "eval_seconds", "generate_seconds", "lockstep", "lockstep_limit"}
     return [
         *report.evaluations,
         *(row.model_dump(exclude=apart) for row in report.trainings),
@@ -181,27 +188,39 @@ def test_a_model_that_cannot_be_stacked_trains_one_run_after_another(
     assert numbers(together[-1]) == numbers(apart[-1])
 
 
+@pytest.mark.parametrize(
+    ("at", "again_from", "lockstep"),
+    [(2, 0, ([1, 2, 2], [1, 2, 2])), (4, 3, ([3, 3, 3], [1, 2, 2]))],
+    ids=["in the first rung", "in the second rung"],
+)
 def test_out_of_memory_halves_the_pack_and_says_so(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    at: int,
+    again_from: int,
+    lockstep: tuple[list[int], list[int]],
 ) -> None:
-    """Three runs do not fit, two do: what was trained before is trained again, and gives what it gave."""
+    """Three runs do not fit, two do: they go on from the rung before, and give what they gave."""
     runs = mixed_runs()[1:4]
     together = reports(folder, runs)
     step = ReplicaPack._train_step
+    halves: list[int] = []
 
     def scarce(self: ReplicaPack) -> None:
-        if len(self.runs) > 2 and self.step == 2:
+        if len(self.runs) < 3:
+            halves.append(self.step)
+        elif self.step == at:
             raise torch.OutOfMemoryError("CUDA out of memory")
         step(self)
 
     monkeypatch.setattr(ReplicaPack, "_train_step", scarce)
     halved = reports(folder, runs)
-    for one, other in zip(together, halved, strict=True):
-        assert sorted(row.lockstep for row in other.trainings) == [1, 2, 2]
-        assert {row.lockstep_limit for row in other.trainings} == {
-            "the memory did not hold 3 at a time"
-        }
+    for one, other, sizes in zip(together, halved, lockstep, strict=True):
+        assert sorted(row.lockstep for row in other.trainings) == sizes
+        limit = "the memory did not hold 3 at a time" if sizes[0] < 3 else ""
+        assert {row.lockstep_limit for row in other.trainings} == {limit}
         assert numbers(one) == numbers(other)
+    assert min(halves) == again_from
 
 
 def test_a_run_that_does_not_fit_alone_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,12 +252,12 @@ def test_a_state_continues_in_other_groups(folder: Path, before: int, after: int
     """What a pack saved at a rung, groups of another size take up, to the same numbers."""
     runs = [mixed_runs()[index] for index in (2, 4, 7)]
     setting = tiny_setting(folder)
-    base = ENGINE.load_base(setting)
+    shared = ENGINE.load(setting, "test", 64)
     straight = reports(folder, runs)[-1]
     pack = one_pack(*runs, rungs=(3, runs[0].training.steps))
-    first = ENGINE.open_pack(pack.model_copy(update={"lockstep": before}), setting, base)
+    first = ENGINE.open_pack(pack.model_copy(update={"lockstep": before}), setting, shared)
     first.advance()
-    second = ENGINE.open_pack(pack.model_copy(update={"lockstep": after}), setting, base)
+    second = ENGINE.open_pack(pack.model_copy(update={"lockstep": after}), setting, shared)
     second.restore(first.state())
     assert numbers(second.advance()) == numbers(straight)
 
@@ -252,7 +271,7 @@ def test_a_gpu_that_torch_does_not_find_is_a_user_error(
         ENGINE.open_pack(
             one_pack(mixed_runs()[0], rungs=(20,)),
             setting.model_copy(update={"device": "cuda"}),
-            ENGINE.load_base(setting),
+            ENGINE.load(setting, "test", 64),
         )
     run = mixed_runs()[0]
     assert run.training_key(setting) != run.training_key(

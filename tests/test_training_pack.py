@@ -10,7 +10,7 @@ import torch
 from tiny import CLEAN, LAYERS, noise, one_pack, save_tiny_model, tiny_setting, tiny_training
 
 from aqn_tune.faults import DeadZone, RelativeGaussian
-from aqn_tune.models.load import base_arrays, build_model, decoder_layers, load_tokenizer
+from aqn_tune.models.load import build_model, decoder_layers, load_tokenizer
 from aqn_tune.study.device import Device
 from aqn_tune.study.keys import content_hash
 from aqn_tune.study.runs import Condition, Run
@@ -253,20 +253,20 @@ def test_a_pack_equals_transformers_and_peft_in_float64(
 def test_resume_in_a_new_pack_is_bit_identical(folder: Path) -> None:
     runs = mixed_runs()[:4]
     setting = tiny_setting(folder)
-    base = ENGINE.load_base(setting)
+    shared = ENGINE.load(setting, "test", 64)
     pack = one_pack(*runs, rungs=(5, 20))
-    straight = ENGINE.open_pack(pack, setting, base)
+    straight = ENGINE.open_pack(pack, setting, shared)
     first, last = straight.advance(), straight.advance()
-    broken = ENGINE.open_pack(pack, setting, base)
+    broken = ENGINE.open_pack(pack, setting, shared)
     broken.advance()
     state = broken.state()
     broken.close()
-    resumed = ENGINE.open_pack(pack, setting, base)
+    resumed = ENGINE.open_pack(pack, setting, shared)
     resumed.restore(state)
     again = resumed.advance()
     assert first.step == 5
     assert again.evaluations == last.evaluations
-    times = {"seconds", "eval_seconds"}
+    times = {"seconds", "eval_seconds", "generate_seconds"}
     untimed = [row.model_dump(exclude=times) for row in last.trainings]
     assert [row.model_dump(exclude=times) for row in again.trainings] == untimed
     assert {row.status for row in last.trainings} == {"finished"}
@@ -275,9 +275,9 @@ def test_resume_in_a_new_pack_is_bit_identical(folder: Path) -> None:
 def test_state_of_other_runs_is_refused(folder: Path) -> None:
     runs = mixed_runs()
     setting = tiny_setting(folder)
-    base = ENGINE.load_base(setting)
-    one = ENGINE.open_pack(one_pack(runs[0], rungs=(1, 20)), setting, base)
-    other = ENGINE.open_pack(one_pack(runs[1], rungs=(1, 20)), setting, base)
+    shared = ENGINE.load(setting, "test", 64)
+    one = ENGINE.open_pack(one_pack(runs[0], rungs=(1, 20)), setting, shared)
+    other = ENGINE.open_pack(one_pack(runs[1], rungs=(1, 20)), setting, shared)
     one.advance()
     with pytest.raises(ValueError, match="other runs"):
         other.restore(one.state())
@@ -285,7 +285,8 @@ def test_state_of_other_runs_is_refused(folder: Path) -> None:
 
 def test_full_fine_tuning_replicates_are_separate_and_leave_the_base_alone(folder: Path) -> None:
     setting = tiny_setting(folder)
-    base = ENGINE.load_base(setting)
+    shared = ENGINE.load(setting, "test", 64)
+    base = shared.base
     before = {name: array.copy() for name, array in base.items()}
     for array in base.values():
         array.setflags(write=False)
@@ -296,12 +297,12 @@ def test_full_fine_tuning_replicates_are_separate_and_leave_the_base_alone(folde
         )
         for seed in (2, 4)
     ]
-    report = ENGINE.open_pack(one_pack(*runs, rungs=(6,)), setting, base).advance()
+    report = ENGINE.open_pack(one_pack(*runs, rungs=(6,)), setting, shared).advance()
     assert [row.status for row in report.trainings] == ["finished", "finished"]
     losses = {(e.training_key, e.condition): e.loss for e in report.evaluations}
     assert len(set(losses.values())) == 4
     for run in runs:
-        alone = ENGINE.open_pack(one_pack(run, rungs=(6,)), setting, base).advance()
+        alone = ENGINE.open_pack(one_pack(run, rungs=(6,)), setting, shared).advance()
         assert {
             (e.training_key, e.condition): e.loss for e in alone.evaluations
         }.items() <= losses.items()
@@ -313,10 +314,10 @@ def test_full_fine_tuning_replicates_are_separate_and_leave_the_base_alone(folde
 def test_reused_base_arrays_give_the_same_numbers(folder: Path) -> None:
     """A, B, A on one set of shared arrays equals A on fresh ones: nothing leaks between trials."""
     setting = tiny_setting(folder)
-    shared = ENGINE.load_base(setting)
+    shared = ENGINE.load(setting, "test", 64)
     a, b = one_pack(mixed_runs()[2], rungs=(20,)), one_pack(mixed_runs()[4], rungs=(20,))
     reports = [ENGINE.open_pack(pack, setting, shared).advance() for pack in (a, b, a)]
-    fresh = ENGINE.open_pack(a, setting, base_arrays(setting.model)).advance()
+    fresh = ENGINE.open_pack(a, setting, ENGINE.load(setting, "test", 64)).advance()
     assert reports[0].evaluations == reports[2].evaluations == fresh.evaluations
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from aqn_tune.faults import BitFlip, DeadZone, RelativeGaussian
 from aqn_tune.faults.base import GRADIENT_SITES
+from aqn_tune.injection.address import AddressBook
 from aqn_tune.models.load import build_model, load_tokenizer
 from aqn_tune.quantization import MXFP4
 from aqn_tune.study.device import Device
@@ -25,6 +27,7 @@ from aqn_tune.training.engine import ENGINE
 from aqn_tune.training.evaluate import evaluate
 from aqn_tune.training.pack import ReplicaPack
 from aqn_tune.training.stacked import Stacked, obstacle, stack
+from aqn_tune.training.trained import make_trained
 
 torch.set_num_threads(1)
 
@@ -148,7 +151,7 @@ def test_seeds_of_a_config_share_a_pack_and_train_apart(folder: Path) -> None:
     runs = [full_run(seed, DEAD) for seed in (2, 4)]
     assert len({pack_key(run) for run in runs}) == 1
     report = ENGINE.open_pack(
-        one_pack(*runs, rungs=(STEPS,)), setting, ENGINE.load_base(setting)
+        one_pack(*runs, rungs=(STEPS,)), setting, ENGINE.load(setting, "test", 64)
     ).advance()
     assert [row.status for row in report.trainings] == ["finished", "finished"]
     assert report.trainings[0].train_losses != report.trainings[1].train_losses
@@ -168,6 +171,32 @@ def test_a_weight_changed_by_anything_but_the_update_fails_its_own_run(
     monkeypatch.setattr(ReplicaPack, "_losses_and_gradients", leaves_noise)
     pack = train(folder, [full_run(2), full_run(4)])
     assert pack.failures == {1: "weight audit: weights changed before the update of step 0"}
+
+
+@pytest.mark.parametrize(
+    "first", [0, -1], ids=["in every noised step", "in the last noised step alone"]
+)
+def test_noise_that_stays_in_a_weight_fails_its_run_where_noise_begins_and_where_it_ends(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, first: int
+) -> None:
+    """Step 0, before any noise, is as it should be: the steps with noise are watched themselves."""
+    runs = [full_run(2), full_run(4, policy={"targeting": "global"})]
+    assert runs[1].noise is not None
+    noised = [step for step, sigma in enumerate(runs[1].noise.sigma) if sigma > 0]
+    assert 0 < noised[0] < noised[-1]
+    leaking = noised[first:]
+    losses = ReplicaPack._losses_and_gradients
+
+    def leaves_noise(self: ReplicaPack, *args: Any) -> list[float]:
+        out = losses(self, *args)
+        if self.step in leaking:
+            self.arena.weights.data[1, :5] += 0.01
+        return out
+
+    assert not train(folder, runs).failures
+    monkeypatch.setattr(ReplicaPack, "_losses_and_gradients", leaves_noise)
+    message = f"weight audit: weights changed before the update of step {noised[first]}"
+    assert train(folder, runs).failures == {1: message}
 
 
 # -- architectures ---------------------------------------------------------------------------------
@@ -233,6 +262,12 @@ def with_(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
     return model
 
 
+def with_embedding(option: str, value: object) -> nn.Module:
+    model = build("qwen2")
+    setattr(model.get_input_embeddings(), option, value)
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -248,8 +283,24 @@ def with_(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
             lambda: with_(build("qwen2"), "conv", nn.Conv1d(2, 2, 1)),
             "conv is a Conv1d, which has no stacked form",
         ),
+        *(
+            (
+                functools.partial(with_embedding, option, value),
+                "model.embed_tokens is an embedding with max_norm, sparse or scale_grad_by_freq",
+            )
+            for option, value in [("max_norm", 1.0), ("sparse", True), ("scale_grad_by_freq", True)]
+        ),
     ],
-    ids=["positions", "own parameter", "convolution"],
+    ids=["positions", "own parameter", "convolution", "max_norm", "sparse", "scale_grad_by_freq"],
 )
 def test_what_cannot_be_stacked_is_named(model: Any, message: str) -> None:
     assert str(obstacle(model())) == message
+
+
+def test_several_runs_of_a_model_that_cannot_be_stacked_are_refused() -> None:
+    model = build("gpt2")
+    book = AddressBook(model)
+    refusal = "^this model takes one run per pack: transformer.wpe embeds something other"
+    with pytest.raises(ValueError, match=refusal):
+        make_trained(model, [full_run(2), full_run(4)], book)
+    assert make_trained(model, [full_run(2)], book).folded == ()

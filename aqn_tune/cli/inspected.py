@@ -111,7 +111,7 @@ def _attach(study: Study, run: Run, condition: str) -> _Made:
     if isinstance(method, Lora):
         sites = adapter_sites(model, method)
         arena = Arena(adapter_shapes(sites, method.rank), 1, torch.float32)
-        adapters = len(attach_adapters(model, arena, sites, method))
+        adapters = len(attach_adapters(model, arena, sites, [method]))
     else:
         model.requires_grad_(True)
     if condition == "train":

@@ -26,8 +26,8 @@ CellName = Annotated[
     str,
     typer.Argument(metavar="CELL", help="stage/scenario/arm/replicate, or a training key."),
 ]
-WithPack = Annotated[
-    bool, typer.Option("--pack", help="Train it beside the same runs as before, not alone.")
+WholePack = Annotated[
+    bool, typer.Option("--whole-pack", help="Train it beside the same runs as before, not alone.")
 ]
 
 
@@ -54,7 +54,7 @@ class Compared:
 def command(
     folder: Folder,
     cell: CellName,
-    pack: WithPack = False,
+    whole_pack: WholePack = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -69,7 +69,9 @@ def command(
 
     with ProgressLine(quiet=quiet or json) as progress:
         ledger = Ledger(place.ledger)
-        compared = rerun(study, ledger, cell, engine=ENGINE, progress=progress, with_pack=pack)
+        compared = rerun(
+            study, ledger, cell, engine=ENGINE, progress=progress, whole_pack=whole_pack
+        )
     different = sum(not item.same for item in compared)
     if json:
         losses = [{**dataclasses.asdict(item), "same": item.same} for item in compared]
@@ -94,7 +96,7 @@ def rerun(
     *,
     engine: Engine,
     progress: ProgressLine,
-    with_pack: bool = False,
+    whole_pack: bool = False,
 ) -> list[Compared]:
     """Train the cell `name` again with `engine` and return each recorded loss beside the new one.
 
@@ -121,18 +123,24 @@ def rerun(
     if training is None or not recorded:
         raise UserError(f"{name}: nothing to compare with, the training has reached no rung")
     members = [key]
-    if with_pack:
+    if whole_pack:
         members = [
             other
             for other, row in ledger.trainings.items()
             if (row.stage, row.pack, row.source) == (cell.stage, training.pack, training.source)
         ]
+        if len(members) != training.pack_size:
+            raise UserError(
+                f"--whole-pack: pack {training.pack} had {training.pack_size} runs, of which the ledger "
+                f"holds {len(members)} as its own; leave the option out"
+            )
     pack = Pack(
         name="rerun",
         stage=cell.stage,
         runs=tuple(runs[k] for k in members),
         rungs=tuple(sorted({row.step for row in recorded})),
         split=recorded[0].split,
+        lockstep=training.lockstep if training.lockstep < len(members) else None,
     )
     reports = _train(pack, setting, engine, progress)
     compared = _evaluations(recorded, reports)
@@ -150,7 +158,8 @@ def rerun(
 def _train(
     pack: Pack, setting: Setting, engine: Engine, progress: ProgressLine
 ) -> list[RungReport]:
-    training = engine.open_pack(pack, setting, engine.load_base(setting))
+    shared = engine.load(setting, pack.split, pack.runs[0].training.max_length)
+    training = engine.open_pack(pack, setting, shared)
     reports = []
     try:
         for step in pack.rungs:

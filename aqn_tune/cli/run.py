@@ -23,11 +23,14 @@ from aqn_tune.cli.output import ProgressLine, set_verbosity
 from aqn_tune.errors import UserError
 from aqn_tune.study.folder import StudyFolder, study_folder, study_hash
 from aqn_tune.study.loading import layer_count, load_study, make_setting, resolve_scenarios
+from aqn_tune.study.sweep import study_content
 
 if TYPE_CHECKING:
     from aqn_tune.ledger import Ledger
     from aqn_tune.study.engine import Engine
+    from aqn_tune.study.runs import Setting
     from aqn_tune.study.schema import Study
+    from aqn_tune.tasks.splitting import SplitName
 
 Fresh = Annotated[
     bool,
@@ -63,9 +66,9 @@ def command(
     Nothing is trained twice: cells that train alike share a run, and search runs that a study beside
     this one has trained with the same code, libraries and processor are copied from its ledger
     (`status` and the report say how many, each row says from where). `--no-reuse` trains a run for
-    every cell that has not trained its own; `--fresh --no-reuse` trains everything. `--fresh` alone
-    may still take runs from other studies. Neither `--pack` nor `--no-reuse` changes a number, so
-    that a study may be continued with and without them.
+    every cell of an unfinished stage that has not trained its own; `--fresh --no-reuse` trains
+    everything. `--fresh` alone may still take runs from other studies. A study may be continued with
+    and without `--pack` and `--no-reuse`: it is the same one, with the same numbers.
 
     Exits with 1 when a training of an arm failed, or when the study ends without verdicts; the
     report is written all the same.
@@ -108,6 +111,7 @@ def run_study(
     study.task.splits()  # a row that cannot be read ends the run here, with nothing written
     folder = study_folder(study)
     if fresh:
+        check_rows(study, setting, engine)
         set_aside(folder.root)
     _check_folder(folder, study)
     from aqn_tune.confirm.runner import run_confirm
@@ -125,18 +129,19 @@ def run_study(
         lock, left = standing(study, setting, scenarios, folder, layer_count=layers)
         if left:
             check_last_start(folder)
-        # Nothing was written up to here: a run that is refused leaves the folder as it was.
-        write_study(study, folder)
-        if left:
-            write_manifest(folder, study, setting)
-        elif not study.compute.reuse:
-            progress.note(
-                "nothing is left to train, so --no-reuse trains nothing; --fresh --no-reuse trains "
-                "the whole study again, `aqn-tune rerun` one cell of it"
-            )
-        board = TensorBoardWriter(folder, study)
-        try:
-            with ray_session(study.compute) if left else nullcontext():
+            check_rows(study, setting, engine)
+        with ray_session(study.compute) if left else nullcontext():
+            # Nothing was written up to here: a run that is refused leaves the folder as it was.
+            write_study(study, folder)
+            if left:
+                write_manifest(folder, study, setting)
+            elif not study.compute.reuse:
+                progress.note(
+                    "nothing is left to train, so --no-reuse trains nothing; --fresh --no-reuse "
+                    "trains the whole study again, `aqn-tune rerun` one cell of it"
+                )
+            board = TensorBoardWriter(folder, study)
+            try:
                 for stage in (run_confirm,) if lock else (run_search, run_confirm):
                     stage(
                         study,
@@ -149,14 +154,22 @@ def run_study(
                         progress=progress.stage,
                         announce=progress.note,
                     )
-        finally:
-            board.close()
+            finally:
+                board.close()
         if left:
             update_calibration(study, setting, folder)
         if left or read_manifest(folder).get("finished") is None:
             finish_manifest(folder)
         write_report(folder, tensorboard=False)  # the board was written as the rows came in
     return count_failures(folder, Ledger(folder.ledger))
+
+
+def check_rows(study: Study, setting: Setting, engine: Engine) -> None:
+    """Raise UserError when rows that the study uses, now or later, cannot be turned into tokens."""
+    names: list[SplitName] = ["train", "test"]
+    if study.search and study.search.configs:
+        names.append("validation")
+    engine.load_splits(setting, names, study.training.max_length)
 
 
 def check_last_start(folder: StudyFolder) -> None:
@@ -216,7 +229,7 @@ def write_study(study: Study, folder: StudyFolder) -> None:
     import yaml
 
     folder.root.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(study_content(study), sort_keys=False, allow_unicode=True)
     temporary = folder.study.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(folder.study)

@@ -48,7 +48,8 @@ def command(target: Target, overrides: Overrides = None, json: Json = False) -> 
     for failure in state["failures"][:SHOWN_FAILURES]:
         out.print(f"failed  {failure['cell']}: {failure['error']}", markup=False, soft_wrap=True)
     for source, number in state["reused"].items():
-        out.print(f"reused  {number} trainings from {source}", markup=False, soft_wrap=True)
+        trainings = "training" if number == 1 else "trainings"
+        out.print(f"reused  {number} {trainings} from {source}", markup=False, soft_wrap=True)
     again = state["repeated"]
     if again["trainings"]:
         out.print(

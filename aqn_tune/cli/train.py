@@ -105,7 +105,8 @@ def train_arm(
         export={key: str(folder)},
     )
     progress(f"training {arm} in {name}, {run.training.steps} steps")
-    training = engine.open_pack(pack, setting, engine.load_base(setting))
+    shared = engine.load(setting, pack.split, run.training.max_length)
+    training = engine.open_pack(pack, setting, shared)
     try:
         report = training.advance()
     finally:

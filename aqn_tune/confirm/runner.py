@@ -89,6 +89,8 @@ def run_confirm(
         compute=study.compute,
         setting=setting,
         engine=engine,
+        split="test",
+        max_length=study.training.max_length,
         folder=folder,
         progress=progress,
     )

@@ -62,8 +62,9 @@ def hit_values(
 ) -> list[Tensor]:
     """Return, for each replicate, the values that a fault hits: flat positions in [N, D].
 
-    A transient fault hits other values in every call, and never padding, so that a count is met. Any
-    other hits the device's own places in every call of the same shape; those may lie in padding.
+    A transient fault hits other values in every call, and never padding, so that a count is met; where
+    all is padding it hits nothing. Any other hits the device's own places in every call of the same
+    shape; those may lie in padding.
 
     Args:
         spec: The fault, for its persistence.
@@ -79,7 +80,8 @@ def hit_values(
         tokens = valid[replica].flatten().cpu()
         rows = (tokens if transient else tokens.new_ones(len(tokens))).nonzero().flatten()
         places = len(rows) * features
-        number = count if rates is None else draw_count(places, rates[replica], generator)
+        wanted = count if places else 0
+        number = wanted if rates is None else draw_count(places, rates[replica], generator)
         chosen = distinct_places(places, number, generator)
         hits.append(rows[chosen // features] * features + chosen % features)
     return hits

@@ -59,7 +59,9 @@ class Ledger:
         self.own_seconds: dict[tuple[str, str], float] = {}
         """Wall time of each of those runs that `seconds` does not hold."""
         self.eval_seconds: dict[str, float] = {}
-        """Wall time of the evaluations of each training, a part of the next."""
+        """Wall time of the evaluations of each training, a part of `seconds`."""
+        self.generate_seconds: dict[str, float] = {}
+        """Wall time in which each training's model wrote answers, a part of `seconds`."""
         self.seconds: dict[str, float] = {}
         """Wall time that each training has taken so far, all its rows together."""
         for row in self.recorded():
@@ -95,6 +97,8 @@ class Ledger:
             self.seconds[row.training_key] = spent + row.seconds
             spent = self.eval_seconds.get(row.training_key, 0.0)
             self.eval_seconds[row.training_key] = spent + row.eval_seconds
+            spent = self.generate_seconds.get(row.training_key, 0.0)
+            self.generate_seconds[row.training_key] = spent + row.generate_seconds
             self.rungs[row.training_key, row.step_reached] = row
         elif isinstance(row, EvaluationRow):
             self.evaluations[evaluation_id(row)] = row
@@ -139,7 +143,7 @@ class Ledger:
 
     def repeated(self) -> Repeated:
         """Return the trainings that equal a recorded one and were run all the same."""
-        again = [row for row in self.own_trainings.values() if not row.recorded]
+        again = [r for r in self.own_trainings.values() if r.step_reached and not r.recorded]
         return Repeated(
             len(again), sum(row.step_reached for row in again), sum(self.own_seconds.values())
         )

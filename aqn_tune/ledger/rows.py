@@ -228,6 +228,9 @@ class TrainingRow(TakenRow):
         description="Its share of its pack's wall time, training and evaluation, since the last row."
     )
     eval_seconds: float = Field(0.0, description="The part of `seconds` that evaluation took.")
+    generate_seconds: float = Field(
+        0.0, description="The part of `seconds` that writing answers took (`confirm.generate`)."
+    )
     pack: str = Field(description="Pack it ran in.")
     pack_size: int = Field(description="Replicates in that pack.")
     lockstep: int = Field(
@@ -274,6 +277,7 @@ class OwnTrainingRow(Spec):
     )
     pack: str = Field(description="Pack it ran in.")
     pack_size: int = Field(description="Replicates in that pack.")
+    error: str = Field("", description="Why it broke off; it is then tried again.")
 
 
 class CellRow(Spec):

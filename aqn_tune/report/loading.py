@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from aqn_tune.confirm.lock import ConfirmLock, LockFile, read_locks
 from aqn_tune.errors import UserError
@@ -10,7 +10,14 @@ from aqn_tune.evidence.assemble import Evidence, assemble
 from aqn_tune.evidence.declared import Declared, declare
 from aqn_tune.ledger import Ledger
 from aqn_tune.ledger.broken import broke_off
-from aqn_tune.ledger.rows import CellRow, EvaluationRow, LedgerRow, SearchRow, TrainingRow
+from aqn_tune.ledger.rows import (
+    CellRow,
+    EvaluationRow,
+    LedgerRow,
+    OwnTrainingRow,
+    SearchRow,
+    TrainingRow,
+)
 from aqn_tune.report.availability import missing_by_lock, missing_by_study
 from aqn_tune.report.results import Results, load_study_file
 from aqn_tune.report.text import count
@@ -55,7 +62,7 @@ def load_results(folder: StudyFolder) -> Results:
         rows=rows,
         evidence=evidence,
         lock_hash="" if lock is None else lock.identity(),
-        gaps=(*gaps, *_gaps(study, rows, evidence, lock)),
+        gaps=(*gaps, *_gaps(study, rows, ledger.own_trainings.values(), evidence, lock)),
         not_available=missing,
         mechanism=ledger.mechanism,
         repeated=ledger.repeated(),
@@ -141,7 +148,11 @@ def _check_cells(folder: StudyFolder, rows: Sequence[LedgerRow], lock: ConfirmLo
 
 
 def _gaps(
-    study: Study, rows: Sequence[LedgerRow], evidence: Evidence, lock: ConfirmLock | None
+    study: Study,
+    rows: Sequence[LedgerRow],
+    own_trainings: Iterable[OwnTrainingRow],
+    evidence: Evidence,
+    lock: ConfirmLock | None,
 ) -> tuple[str, ...]:
     gaps = []
     if study.search is not None and lock is None:
@@ -175,6 +186,13 @@ def _gaps(
         gaps.append(
             f"The confirmation has no number yet for {waiting:,} of {count(total, 'cell')} "
             "(arm, scenario and seed)."
+        )
+    keys = {key for arm in lock.arms for key in arm.training_keys}
+    own = [row for row in own_trainings if row.error and row.training_key in keys]
+    if own:
+        gaps.append(
+            f"{count(len(own), 'run')} of cells that train for themselves (--no-reuse) broke off and will "
+            f"be tried again when the study is run the next time (the first: {own[0].error})."
         )
     broken = _broken(rows, lock)
     if broken:

@@ -16,9 +16,11 @@ def run_lines(results: Results) -> list[dict[str, Any]]:
 
     Columns: stage, generation, scenario, during, one per swept key (`sweep_threshold`), arm,
     config, replicate, seed, training_key, condition (clean or faulty), status, error, step (at
-    which the numbers were taken), steps (meant), loss (nats per answer token), exact_match (0..1),
-    rows, affected_fraction and relative_error (of the first fault), seconds, source (folder and pack
-    of another study that trained it, empty for this one), adapter.
+    which the numbers were taken), steps (meant), loss (nats per answer token), exact_match (0..1, by
+    teacher forcing), generated_exact_match and answer_match (0..1, of what the model wrote;
+    `confirm.generate`), rows, draws (of the faults), loss_sd_over_draws and exact_match_sd_over_draws,
+    affected_fraction and relative_error (of the first fault), seconds, source (folder and pack of
+    another study that trained it, empty for this one), adapter.
     """
     return [
         _line(results, cell, condition)

@@ -138,5 +138,5 @@ def _in_cluster(resource: str) -> float:
 def _local_cpus(compute: ComputeSpec) -> int:
     """Return the CPUs that Ray is told this machine has: exactly enough for all workers."""
     if compute.workers == "auto" and compute.gpus_per_worker:
-        return max(1, int(_cores(compute)))
+        return max(int(_cores(compute)), math.ceil(compute.cpus_per_worker))
     return max(1, math.ceil(worker_count(compute) * compute.cpus_per_worker))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+
+from pydantic import BaseModel
 
 from aqn_tune.errors import UserError
 from aqn_tune.ledger import Ledger
@@ -17,6 +17,8 @@ from aqn_tune.study.resolve import conditions_of
 from aqn_tune.study.runs import Condition, Run
 from aqn_tune.study.schema import Study
 from aqn_tune.study.sweep import resolve_scenarios
+
+_TIMES = ("seconds", "eval_seconds", "generate_seconds")
 
 
 def find_donors(
@@ -47,6 +49,21 @@ def find_donors(
             yield donor
 
 
+class _Start(BaseModel):
+    """What a manifest says of a start, as far as a donor needs it."""
+
+    code_hash: str = ""
+    hardware: str = ""
+
+
+class _Manifest(BaseModel):
+    """What a manifest says of its study, as far as a donor needs it."""
+
+    study: str
+    study_hash: str
+    starts: tuple[_Start, ...]
+
+
 def _open(study: Study, other: StudyFolder, here: str, layer_count: int) -> Donor | None:
     """Return the donor in a folder, None where there is no study, or a sound one that is no donor.
 
@@ -56,16 +73,14 @@ def _open(study: Study, other: StudyFolder, here: str, layer_count: int) -> Dono
 
     if not (other.manifest.is_file() and other.ledger.is_file()):
         return None
-    manifest: dict[str, Any] = json.loads(other.manifest.read_text(encoding="utf-8"))
-    if other.root.name != f"{manifest['study']}-{manifest['study_hash'][:8]}":
+    manifest = _Manifest.model_validate_json(other.manifest.read_text(encoding="utf-8"))
+    if other.root.name != f"{manifest.study}-{manifest.study_hash[:8]}":
         return None
-    starts = manifest["starts"]
-    if not starts or any(
-        (start.get("code_hash"), start.get("hardware")) != (code_hash(), here) for start in starts
-    ):
+    alike = {(start.code_hash, start.hardware) for start in manifest.starts}
+    if alike != {(code_hash(), here)}:
         return None
     theirs = Study.model_validate(yaml.safe_load(other.study.read_text(encoding="utf-8")))
-    if study_hash(theirs) != manifest["study_hash"]:
+    if study_hash(theirs) != manifest.study_hash:
         raise ValueError(f"{other.study.name} is not the study of {other.manifest.name}")
     if theirs.eval_batch_size != study.eval_batch_size:
         return None
@@ -146,9 +161,7 @@ class Donor:
             )
             changes = {"train_losses": losses[first:step], "source": source}
             found.append(
-                row.model_copy(
-                    update={**changes, "seconds": 0.0, "eval_seconds": 0.0, "adapter": ""}
-                )
+                row.model_copy(update={**changes, **dict.fromkeys(_TIMES, 0.0), "adapter": ""})
             )
         whole = tuple(row for row in found if row is not None)
         return whole if len(whole) == len(found) else None

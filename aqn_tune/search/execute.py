@@ -16,7 +16,7 @@ from aqn_tune.search.progress import ProgressMeter, ProgressSink
 from aqn_tune.search.work import Work
 from aqn_tune.study.engine import Engine
 from aqn_tune.study.folder import StudyFolder
-from aqn_tune.study.runs import Setting
+from aqn_tune.study.runs import Setting, Split
 from aqn_tune.study.schema import ComputeSpec
 from aqn_tune.study.seeds import Stage
 
@@ -28,10 +28,15 @@ def execute(
     compute: ComputeSpec,
     setting: Setting,
     engine: Engine,
+    split: Split,
+    max_length: int,
     folder: StudyFolder,
     progress: ProgressSink | None,
 ) -> None:
     """Run all of `work` and return when it is done.
+
+    Its packs are evaluated on `split` and hold rows of at most `max_length` tokens. Weights and rows are
+    loaded here, before the first trial, and shared with all workers.
 
     Raises Interrupted on SIGINT or SIGTERM, after the trials have ended and with a ledger that the
     next call continues; UserError for what the user can mend, wherever it was raised; RuntimeError
@@ -58,7 +63,7 @@ def execute(
         trainable = tune.with_resources(
             tune.with_parameters(
                 PackTrainable,
-                base=dict(engine.load_base(setting)),
+                shared=engine.load(setting, split, max_length),
                 engine=engine,
                 setting=setting,
                 state_folder=str(folder.state),

@@ -28,6 +28,7 @@ RowListener = Callable[[Sequence[RecordedRow]], None]
 _NOT_COMPARED = {
     "seconds",
     "eval_seconds",
+    "generate_seconds",
     "pack",
     "pack_size",
     "lockstep",
@@ -98,11 +99,15 @@ class Recorder:
         Raises UserError when a row of the same pack differs from the recorded one: the training is
         not deterministic, and a continued study could not be trusted. The same goes for a run that a
         cell trains for itself (`--no-reuse`), whatever pack the recorded one ran in. Two other packs
-        that hold the same training may differ by rounding; the first one recorded holds.
+        that hold the same training, or one that went through in other parts (`TrainingRow.lockstep`),
+        may differ by rounding; the first one recorded holds.
         """
         new: list[RecordedRow] = []
+        rows = tuple(rows)
+        lockstep = {row.training_key: row.lockstep for row in rows if isinstance(row, TrainingRow)}
         for row in rows:
-            again = _Again(pack, row.training_key, self._same_pack(row.training_key, pack))
+            key = row.training_key
+            again = _Again(pack, key, self._same_pack(key, pack, lockstep.get(key)))
             if isinstance(row, EvaluationRow):
                 if row.final != (row.step == pack.runs[0].training.steps):
                     raise ValueError(
@@ -171,11 +176,12 @@ class Recorder:
             )
         )
 
-    def _same_pack(self, training_key: str, pack: Pack) -> bool:
+    def _same_pack(self, training_key: str, pack: Pack, lockstep: int | None) -> bool:
         known = self.ledger.trainings.get(training_key)
         if known is None or known.source:
             return False
-        return known.pack == pack.name and known.pack_size == len(pack.runs)
+        same = (known.pack, known.pack_size) == (pack.name, len(pack.runs))
+        return same and lockstep in (None, known.lockstep)
 
     def _with_relative_adapter(self, row: TrainingRow) -> TrainingRow:
         adapter = Path(row.adapter)
@@ -185,10 +191,11 @@ class Recorder:
 
     def broke(self, pack: Pack, training_keys: Iterable[str], error: str) -> None:
         """Write that the trainings of a pack, as far as they had not ended, broke off."""
-        rows = []
+        rows: list[RecordedRow] = []
         for run, key in zip(pack.runs, training_keys, strict=True):
             known = self.ledger.trainings.get(key)
             if known is not None and known.status != "unfinished" and not broke_off(known):
+                rows += self._own_broke(pack, key, error)
                 continue
             rows.append(
                 TrainingRow(
@@ -205,6 +212,27 @@ class Recorder:
                 )
             )
         self.write(rows)
+
+    def _own_broke(self, pack: Pack, key: str, error: str) -> list[RecordedRow]:
+        """Return the row of a run that broke off for its cell alone: others have trained the same."""
+        cell = pack.own.get(key, "")
+        known = self.ledger.own_trainings.get((key, cell))
+        if not cell or (known is not None and known.status != "unfinished"):
+            return []
+        return [
+            OwnTrainingRow(
+                training_key=key,
+                cell=cell,
+                stage=pack.stage,
+                step_reached=known.step_reached if known else 0,
+                status="unfinished",
+                recorded=False,
+                seconds=0.0,
+                pack=pack.name,
+                pack_size=len(pack.runs),
+                error=BROKE_OFF + error,
+            )
+        ]
 
 
 def _contradict(known: TrainingRow, row: TrainingRow) -> bool:
@@ -256,8 +284,9 @@ class _Again(NamedTuple):
                 f"{self.cell}: trained for itself (--no-reuse) it came to other numbers than those "
                 f"recorded for training {self.training_key} ({fields}). The same training must "
                 "give the same numbers: was the ledger edited, or is this another machine or "
-                "another version? On a GPU, and with an odd number of rows in a batch, packs round "
-                "differently; --pack 1 trains every run alone. Start anew with --fresh"
+                "another version? On a GPU, with compiled layers, with an odd number of rows in a batch "
+                "and with a max_length that is no multiple of 8, packs round differently; --pack 1 "
+                "trains every run alone. Start anew with --fresh"
             )
         raise UserError(
             f"pack {self.pack.name}: a repeated training gave other numbers than those recorded "

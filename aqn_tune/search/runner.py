@@ -62,7 +62,7 @@ def run_search(
     recorder = Recorder(Ledger(folder.ledger), folder.root, listeners)
     packs = control_packs(study, setting, scenarios, recorder, layer_count=layer_count)
     shelf = open_shelf(study, folder, layer_count=layer_count, announce=announce)
-    taken = announce_taken(recorder.ledger, 0, None)
+    taken = announce_taken(recorder.ledger, {}, None)
     take_over(packs, shelf, setting, recorder)
     taken = announce_taken(recorder.ledger, taken, announce)
     controls = FixedPacks(packs, setting=setting, recorder=recorder, state=folder.state)
@@ -85,6 +85,8 @@ def run_search(
             compute=study.compute,
             setting=setting,
             engine=engine,
+            split="validation",
+            max_length=study.training.max_length,
             folder=folder,
             progress=progress,
         )

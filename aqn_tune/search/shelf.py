@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from aqn_tune.ledger import Ledger
@@ -31,7 +31,8 @@ class Shelf:
         self._find = find
         self._donors: tuple[Donor, ...] | None = None
         self._eval_batch_size = eval_batch_size
-        self._rows = rows
+        self._count_rows = rows
+        self._rows = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the donors behind: Ray pickles the work that holds a shelf, and no copy is asked."""
@@ -43,13 +44,13 @@ class Shelf:
         """Return the rows that training `run` through `rungs` would give, None to train it."""
         if self._donors is None:
             self._donors = tuple(self._find())
+            self._rows = self._count_rows() if self._donors else 0
         if not self._donors:
             return None
-        rows = self._rows()
-        if not _alike_in_every_pack(run, self._eval_batch_size, rows):
+        if not _alike_in_every_pack(run, self._eval_batch_size, self._rows):
             return None
         for donor in self._donors:
-            found = donor.rows(training_key, run, rungs, split_rows=rows)
+            found = donor.rows(training_key, run, rungs, split_rows=self._rows)
             if found is not None:
                 return found
         return None
@@ -70,14 +71,16 @@ def open_shelf(
     )
 
 
-def announce_taken(ledger: Ledger, before: int, announce: Callable[[str], None] | None) -> int:
-    """Announce how many trainings were taken from which study, unless it is `before`; return it."""
+def announce_taken(
+    ledger: Ledger, before: Mapping[str, int], announce: Callable[[str], None] | None
+) -> dict[str, int]:
+    """Announce how many trainings were taken from which study since `before`; return how many ever."""
     found = reused_from(ledger.trainings.values())
-    total = sum(found.values())
-    if announce is not None and total != before:
-        for folder, number in found.items():
+    for folder, total in found.items():
+        number = total - before.get(folder, 0)
+        if announce is not None and number:
             announce(f"{number} training{'' if number == 1 else 's'} reused from {folder}")
-    return total
+    return found
 
 
 def _alike_in_every_pack(run: Run, eval_batch_size: int, rows: int) -> bool:

@@ -36,10 +36,12 @@ def state_path(folder: Path, pack: Pack) -> Path:
 def pack_hash(pack: Pack) -> str:
     """Return the identity of what a pack trains, and with which code.
 
-    Where it exports to and for whom it trains do not enter. The code does: half a training of another
-    version would be continued without a word otherwise.
+    Where it exports to, for whom it trains and how many runs share a pass do not enter: a state
+    continues in any parts. The code does: half a training of another version would be continued
+    without a word otherwise.
     """
-    return content_hash([code_hash(), pack.model_dump(mode="json", exclude={"export", "own"})])
+    content = pack.model_dump(mode="json", exclude={"export", "own", "lockstep"})
+    return content_hash([code_hash(), content])
 
 
 def write_state(path: Path, pack: Pack, saved: SavedState) -> None:

@@ -10,16 +10,16 @@ from ray import tune
 
 from aqn_tune.errors import UserError
 from aqn_tune.search.state import REPORT, SavedState, read_state, state_path, write_state
-from aqn_tune.study.engine import BaseArrays, Engine, PackTraining, RungReport
+from aqn_tune.study.engine import Engine, PackTraining, RungReport, Shared
 from aqn_tune.study.runs import Pack, Setting
 
 
 class PackTrainable(tune.Trainable):  # type: ignore[misc]
     """Advances a pack by one rung per step and reports its rows.
 
-    A worker is used for one pack after another: nothing of a pack outlives it but the read-only base
-    arrays, which all workers of a machine share. After each rung but the last the pack is saved, so
-    that a worker that died, or a study that was cut off, goes on from there.
+    A worker is used for one pack after another: nothing of a pack outlives it but the read-only arrays
+    of weights and tokens, which all workers of a machine share. After each rung but the last the pack is
+    saved, so that a worker that died, or a study that was cut off, goes on from there.
 
     An exception of the engine is reported, not raised: it would be the same in every retry. Ray
     retries what it cannot report, the death of the worker.
@@ -29,13 +29,13 @@ class PackTrainable(tune.Trainable):  # type: ignore[misc]
         self,
         config: dict[str, Any],
         *,
-        base: BaseArrays,
+        shared: Shared,
         engine: Engine,
         setting: Setting,
         state_folder: str,
     ) -> None:
         """Keep what all packs share; the pack itself is built in the first step."""
-        self._base = base
+        self._shared = shared
         self._engine = engine
         self._setting = setting
         self._state_folder = Path(state_folder)
@@ -67,7 +67,7 @@ class PackTrainable(tune.Trainable):  # type: ignore[misc]
     def _advance(self) -> RungReport:
         path = state_path(self._state_folder, self._pack)
         if self._training is None:
-            self._training = self._engine.open_pack(self._pack, self._setting, self._base)
+            self._training = self._engine.open_pack(self._pack, self._setting, self._shared)
             saved = read_state(path, self._pack)
             if saved is not None:
                 self._training.restore(saved.state)

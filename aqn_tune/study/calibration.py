@@ -40,6 +40,7 @@ class Workload(Spec):
     gradient_accumulation_steps: int = Field(1, description="Microbatches per step.")
     gradient_checkpointing: bool = Field(False, description="Whether activations are recomputed.")
     compile: bool = Field(False, description="Whether the decoder layers are compiled.")
+    device: str = Field("cpu", description="cpu or cuda.")
 
 
 class Rate(Spec):
@@ -103,6 +104,7 @@ def workload_of(setting: Setting, training: TrainingSpec) -> Workload:
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         gradient_checkpointing=training.gradient_checkpointing,
         compile=training.compile,
+        device=setting.device,
     )
 
 
@@ -227,9 +229,9 @@ def _samples(
         training = trainings.get(key)
         if training is None or row.status != "finished" or not ledger.seconds[key] > 0:
             continue
-        sample = Sample(
-            row.step_reached, rows.get(key, 0), ledger.seconds[key], ledger.eval_seconds[key]
-        )
+        # Writing answers is no evaluation of a row: how long it takes depends on what is written.
+        seconds = ledger.seconds[key] - ledger.generate_seconds[key]
+        sample = Sample(row.step_reached, rows.get(key, 0), seconds, ledger.eval_seconds[key])
         groups.setdefault((workload_of(setting, training), row.lockstep), []).append(sample)
     return groups
 

@@ -6,17 +6,49 @@ run on a synthetic objective in tests.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from aqn_tune.ledger.rows import EvaluationRow, TrainingRow
-from aqn_tune.study.runs import Pack, Setting
+from aqn_tune.study.runs import Pack, Setting, Split
+from aqn_tune.tasks.splitting import SplitName
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
 
 BaseArrays = Mapping[str, "np.ndarray[Any, Any]"]
 """Weights of the base model as read-only numpy arrays, shared between workers."""
+
+
+class SplitArrays(NamedTuple):
+    """A split of the task as tokens, in read-only numpy arrays, shared between workers."""
+
+    tokens: NDArray[np.int64]
+    """Token ids [n, T], right-padded."""
+    answer: NDArray[np.bool_]
+    """[n, T]: the token at this position is an answer token."""
+    valid: NDArray[np.bool_]
+    """[n, T]: False at padding."""
+    first: int
+    """First position whose prediction can be an answer token, rounded down."""
+    max_length: int
+    """Tokens that a row might have taken; T is less where no row did."""
+
+
+SplitsByName = Mapping[SplitName, SplitArrays]
+
+
+class Shared(NamedTuple):
+    """What all packs of a stage start from, and none of them changes.
+
+    Arrays and numbers alone, so that Ray's object store hands it to every worker of a machine
+    read-only and without a copy.
+    """
+
+    base: BaseArrays
+    splits: SplitsByName
+    """The rows to train on, and those that the stage evaluates."""
 
 
 class RungReport(NamedTuple):
@@ -44,16 +76,31 @@ class PackTraining(Protocol):
         """Return everything needed to continue after the last rung reached."""
 
     def restore(self, state: bytes) -> None:
-        """Continue from a `state` of the same pack; what follows is bit-identical on the same machine."""
+        """Continue from a `state` of the same pack, bit for bit on a CPU of the same kind."""
 
     def close(self) -> None:
-        """Give the memory back. The base arrays are as they were."""
+        """Give the memory back. What packs share is as it was."""
 
 
 class Engine(NamedTuple):
-    """A way to train packs: two module-level functions, so that a worker can import them."""
+    """A way to train packs: three module-level functions, so that a worker can import them.
+
+    Whoever starts the workers loads, once; a worker opens packs on what was loaded, and reads neither
+    weights nor rows by itself. Without workers it is the same: load, then open.
+    """
 
     load_base: Callable[[Setting], BaseArrays]
-    """Read the base model once, on the driver; Ray shares the arrays between workers."""
-    open_pack: Callable[[Pack, Setting, BaseArrays], PackTraining]
-    """Build a pack on a worker."""
+    """Read the base model."""
+    load_splits: Callable[[Setting, Sequence[SplitName], int], SplitsByName]
+    """Turn the named splits into tokens, rows of at most so many. Raises UserError where the rows cannot
+    be had, are not those of the setting, or do not fit."""
+    open_pack: Callable[[Pack, Setting, Shared], PackTraining]
+    """Build a pack on a worker. Raises ValueError where its rows were not loaded at its length."""
+
+    def load(self, setting: Setting, split: Split, max_length: int) -> Shared:
+        """Return what packs of rows of at most `max_length` tokens need that are evaluated on `split`.
+
+        Raises UserError where the model or the rows cannot be had.
+        """
+        splits = self.load_splits(setting, ("train", split), max_length)
+        return Shared(dict(self.load_base(setting)), dict(splits))

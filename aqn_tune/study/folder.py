@@ -14,7 +14,8 @@ NOT_IDENTITY: dict[str, bool | set[str]] = {
     "description": True,
     "confirm": {"generation", "replicates"},
 }
-"""Keys of a study that change no recorded number, so that changing them continues the same folder.
+"""Keys of a study that change no recorded number, so that changing them continues the same folder; but
+see `study_hash`.
 
 A new generation of confirm seeds, of another size, is such a change: it adds to the search and the
 generations before it, which the lock keeps apart.
@@ -22,8 +23,14 @@ generations before it, which the lock keeps apart.
 
 
 def study_hash(study: Study) -> str:
-    """Return the 16-digit content hash of everything in `study` that can change a number."""
-    return content_hash(study.model_dump(mode="json", exclude=NOT_IDENTITY))
+    """Return the 16-digit content hash of everything in `study` that can change a number.
+
+    Of `compute` that is whether trainings run on a GPU, which draws other random numbers.
+    """
+    content = study.model_dump(mode="json", exclude=NOT_IDENTITY)
+    if study.compute.gpus_per_worker:
+        content["computed_on"] = "cuda"
+    return content_hash(content)
 
 
 class StudyFolder(NamedTuple):

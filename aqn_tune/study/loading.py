@@ -11,10 +11,11 @@ from pydantic import ValidationError
 
 from aqn_tune.errors import UserError
 from aqn_tune.models.spec import ModelSpec
+from aqn_tune.search.cluster import worker_count
 from aqn_tune.study.checks import check_study
 from aqn_tune.study.messages import as_user_error, located
 from aqn_tune.study.runs import Setting
-from aqn_tune.study.schema import Study
+from aqn_tune.study.schema import ComputeSpec, Study
 from aqn_tune.study.source import Source, apply_override, dotted, read_source
 from aqn_tune.study.sweep import resolve_scenarios as resolve_scenarios
 
@@ -62,7 +63,15 @@ def make_setting(study: Study) -> Setting:
         task_fingerprint=study.task.fingerprint(),
         eval_batch_size=study.eval_batch_size,
         device="cuda" if study.compute.gpus_per_worker else "cpu",
+        memory_share=_memory_share(study.compute),
     )
+
+
+def _memory_share(compute: ComputeSpec) -> float | None:
+    """Return the share of a worker; None on a cluster, where each machine knows its cores."""
+    if compute.gpus_per_worker:
+        return min(compute.gpus_per_worker, 1.0)
+    return None if compute.address is not None else 1 / worker_count(compute)
 
 
 def layer_count(model: ModelSpec) -> int:

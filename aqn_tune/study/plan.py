@@ -278,8 +278,11 @@ def _estimate(
     if costs.bytes_per_training is not None and (costs.bytes_per_adapter or not exports):
         trainings = sum(stage.most.trainings for stage in stages)
         disk = trainings * costs.bytes_per_training + exports * (costs.bytes_per_adapter or 0)
+    source = costs.source
+    if study.confirm.generate:
+        source += ", without the answers that are written (confirm.generate)"
     return Estimate(
-        source=costs.source,
+        source=source,
         seconds=_seconds([stage.expected for stage in stages], costs, workers),
         most_seconds=_seconds([stage.most for stage in stages], costs, workers),
         bytes=disk,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -13,13 +14,15 @@ from aqn_tune.study.base import Spec
 from aqn_tune.study.device import HEALTHY, Device
 from aqn_tune.study.keys import content_hash
 from aqn_tune.study.seeds import Stage
-from aqn_tune.study.training import TrainingSpec
+from aqn_tune.study.training import Lora, TrainingSpec
 from aqn_tune.tasks import Task
 
 Split = Literal["validation", "test"]
 ConditionName = Literal["clean", "faulty"]
 TRAINING_FORMAT = 3
 """Part of every training key: raised when the same specification would train differently."""
+MIXED_RANKS = range(2, 65)
+"""LoRA ranks that may share a pack, the smaller ones padded with zeros."""
 
 
 class Condition(Spec):
@@ -53,6 +56,14 @@ class Setting(Spec):
         exclude_if=lambda device: device == "cpu",
         description="Where trainings run. Random draws are the device's own, so that numbers on a GPU are "
         "others than on a CPU.",
+    )
+    memory_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        exclude=True,
+        description="Share of the free memory of its machine, or of its GPU, that a worker may plan with; "
+        "null: as many equal parts as the machine has cores.",
     )
 
 
@@ -129,7 +140,7 @@ class Pack(Spec):
         None,
         ge=1,
         description="Most runs that share a forward pass; the others follow them to each rung. Null: "
-        "as many as can. Changes no number.",
+        "as many as can.",
     )
     own: dict[str, str] = Field(
         default_factory=dict,
@@ -151,11 +162,29 @@ class Pack(Spec):
 def pack_key(run: Run) -> str:
     """Return what must be equal for runs to share a pack: whatever changes shapes or a static branch.
 
-    Seeds, noise levels, targetings, fault thresholds and learning rates may differ inside a pack.
+    Seeds, noise levels, targetings, fault thresholds, learning rates and most LoRA ranks may differ
+    inside a pack.
     """
-    free = {"learning_rate", "weight_decay", "max_grad_norm"}
+    free = {"learning_rate": True, "weight_decay": True, "max_grad_norm": True}
+    method = run.training.method
+    apart: dict[str, float] = {}
+    if isinstance(method, Lora):
+        scaling = method.alpha / method.rank
+        # Zeros appended to a sum change no bit of it as long as its terms keep their order. They do with
+        # AVX-512; other kernels choose it by the number of columns, and packs differ by rounding. There
+        # too a product with one column goes another way, and one with more than 160 in other blocks.
+        if method.rank not in MIXED_RANKS:
+            apart["rank"] = method.rank
+        # Scalings that differ multiply another factor of the product than one that all share does. Only
+        # a power of two rounds nothing, so that it does not matter where it stands: nor to a compiled
+        # layer, which merges the factors as it likes and leaves the products to the same kernels.
+        if math.frexp(scaling)[0] != 0.5:
+            apart["scaling"] = scaling
     return content_hash(
         {
-            "training": run.training.model_dump(mode="json", exclude=free),
+            "training": run.training.model_dump(
+                mode="json", exclude={**free, "method": {"rank": True, "alpha": True}}
+            ),
+            "apart": apart,
         }
     )

@@ -94,7 +94,7 @@ class ConfirmSpec(Spec):
 
 
 class ComputeSpec(Spec):
-    """Where and how the work runs: changes no number on a CPU, rounding on a GPU."""
+    """Where and how the work runs. Changes no number, but for `gpus_per_worker`."""
 
     workers: int | Literal["auto"] = Field(
         "auto", description="Trials at a time; auto: one per CPU core."
@@ -111,7 +111,12 @@ class ComputeSpec(Spec):
         "from other studies of the output folder that have trained them with the same code.",
     )
     cpus_per_worker: float = Field(1.0, gt=0, description="CPUs that Ray reserves per trial.")
-    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs that Ray reserves per trial.")
+    gpus_per_worker: float = Field(
+        0.0,
+        ge=0,
+        description="GPUs that Ray reserves per trial, which then trains there: with other random draws, "
+        "and in a folder of its own.",
+    )
     address: str | None = Field(
         None, description="Ray cluster to join; null starts Ray on this machine."
     )

@@ -38,6 +38,10 @@ class Splits(NamedTuple):
     validation: tuple[Example, ...]
     test: tuple[Example, ...]
 
+    def fingerprint(self) -> str:
+        """Return the SHA-256 (hex) of every row of every split, in order."""
+        return hashlib.sha256(json.dumps(self).encode()).hexdigest()
+
 
 class TaskSpec(BaseModel):
     """Base of all tasks: a frozen description in the study that can produce its rows.
@@ -63,7 +67,7 @@ class TaskSpec(BaseModel):
         Use it in hashes of configurations: a file that changed under the same path is another
         task. Raises what :meth:`splits` raises.
         """
-        return hashlib.sha256(json.dumps(self.splits()).encode()).hexdigest()
+        return self.splits().fingerprint()
 
 
 def prompt(question: str) -> str:

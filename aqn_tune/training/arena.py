@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from aqn_tune.study.training import TrainingSpec
+from aqn_tune.training.padding import OwnPart
 
 
 class _Slice(NamedTuple):
@@ -32,6 +33,9 @@ class Arena:
     The model's trainable tensors are views [K, *shape] into the weights, so one fused AdamW call per
     replica updates everything it owns; clipping and the learning rate are per row, and nothing is
     ever reduced across rows.
+
+    A replica may own less than its row (`pad`). What it computes, reports and saves is then what an arena
+    made for it alone gives; the rest of the row is zero and stays so.
     """
 
     def __init__(
@@ -52,7 +56,10 @@ class Arena:
         self.gradients = torch.zeros(replicas, size, dtype=dtype, device=device)
         self.optimizers: list[torch.optim.AdamW] = []
         self._owned: list[_Owned] = []
+        self._padded: dict[int, OwnPart] = {}
+        self._own_shapes: dict[int, Mapping[str, torch.Size]] = {}
         self._trained: dict[int, Tensor] = {}
+        self._left_out: dict[int, frozenset[str]] = {}
 
     def names(self) -> tuple[str, ...]:
         """Return the names of all trainable tensors."""
@@ -62,6 +69,30 @@ class Arena:
         """Return the part of `block` [K, P] that belongs to `name`, as a view [K, *shape]."""
         start, shape = self._slices[name]
         return block[:, start : start + shape.numel()].view(self.replicas, *shape)
+
+    def own(self, block: Tensor, name: str, replica: int) -> Tensor:
+        """Return what of `block` [K, P] one replica owns of `name`, contiguous, of its own shape.
+
+        A view where the replica is not padded, else a copy.
+        """
+        view = self.view(block, name)[replica]
+        if replica not in self._padded:
+            return view
+        return _corner(view, self._own_shapes[replica][name]).contiguous()
+
+    def pad(self, replica: int, shapes: Mapping[str, torch.Size]) -> None:
+        """Let one replica own tensors of `shapes`, each the leading corner of its entry.
+
+        Call it before `freeze` and `start_optimizers`. Raises ValueError where a shape does not fit.
+        """
+        is_own = torch.zeros_like(self.weights, dtype=torch.bool)
+        for name in self._slices:
+            corner = _corner(self.view(is_own, name)[replica], shapes[name])
+            if corner.shape != shapes[name]:
+                raise ValueError(f"{name}: {shapes[name]} does not fit {self._slices[name].shape}")
+            corner.fill_(True)
+        self._padded[replica] = OwnPart(is_own[replica], self.weights[replica])
+        self._own_shapes[replica] = shapes
 
     def parameter(self, name: str) -> nn.Parameter:
         """Return the trainable tensor `name` [K, *shape], a view of the arena's weights."""
@@ -82,17 +113,21 @@ class Arena:
         trained = torch.ones_like(self.weights, dtype=torch.bool)
         for name in names:
             self.view(trained, name)[replica] = False
-        self._trained[replica] = trained[replica]
+        part = self._padded.get(replica)
+        own = trained[replica]
+        self._trained[replica] = own.clone() if part is None else part.take(own)
+        self._left_out[replica] = frozenset(names)
 
     def trained_size(self, replica: int) -> int:
         """Return the number of parameters that one replica trains."""
-        trained = self._trained.get(replica)
-        return self.size if trained is None else int(trained.sum())
+        trained, part = self._trained.get(replica), self._padded.get(replica)
+        if trained is not None:
+            return int(trained.sum())
+        return self.size if part is None else part.size
 
     def is_trained(self, replica: int, name: str) -> bool:
         """Return whether one replica trains the tensor `name`."""
-        trained = self._trained.get(replica)
-        return trained is None or bool(trained[self._slices[name].start])
+        return name not in self._left_out.get(replica, ())
 
     def collect_gradients(self) -> None:
         """Move the gradients of the last backward pass into the arena."""
@@ -108,10 +143,14 @@ class Arena:
         torch._foreach_copy_(targets, sources)
 
     def start_optimizers(self, trainings: Sequence[TrainingSpec]) -> None:
-        """Give each replica an AdamW of its own over its row."""
+        """Give each replica an AdamW of its own over what it owns of its row."""
         for replica, spec in enumerate(trainings):
-            row = nn.Parameter(self.weights[replica])
-            row.grad = self.gradients[replica]
+            part = self._padded.get(replica)
+            if part is None:
+                row = nn.Parameter(self.weights[replica])
+                row.grad = self.gradients[replica]
+            else:
+                row = part.parameter
             self.optimizers.append(
                 torch.optim.AdamW(
                     [row],
@@ -124,11 +163,15 @@ class Arena:
 
     def clip_and_step(self, replica: int, learning_rate: float, max_norm: float) -> float:
         """Clip one replica's gradient to `max_norm`, take one AdamW step, return the norm before."""
-        row = self.gradients[replica]
+        weights, row = self.weights[replica], self.gradients[replica]
+        part = self._padded.get(replica)
+        if part is not None:
+            part.load(weights, row)
+            weights, row = part.weights, part.gradient
         trained = self._trained.get(replica)
         if trained is not None:
             row.masked_fill_(~trained, 0.0)
-            before = self.weights[replica].clone()
+            before = weights.clone()
         norm = float(torch.linalg.vector_norm(row))
         if norm > max_norm:
             row.mul_(max_norm / (norm + 1e-6))
@@ -136,19 +179,27 @@ class Arena:
         optimizer.param_groups[0]["lr"] = learning_rate
         optimizer.step()
         if trained is not None:  # decoupled weight decay moves a weight without any gradient
-            self.weights[replica].copy_(torch.where(trained, self.weights[replica], before))
+            weights.copy_(torch.where(trained, weights, before))
+        if part is not None:
+            part.put(self.weights[replica], weights)
         return norm
 
     def state(self, replica: int) -> dict[str, Tensor]:
-        """Return a copy of one replica's row, on the CPU: weights and AdamW moments."""
-        state = {"weights": self.weights[replica].to("cpu", copy=True)}
+        """Return a copy of what one replica owns, on the CPU: weights and AdamW moments, without padding."""
+        part, weights = self._padded.get(replica), self.weights[replica]
+        own = weights if part is None else part.take(weights)
+        state = {"weights": own.to("cpu", copy=True)}
         for moments in self.optimizers[replica].state.values():
             state.update({key: value.to("cpu", copy=True) for key, value in moments.items()})
         return state
 
     def restore(self, replica: int, state: Mapping[str, Tensor]) -> None:
-        """Write back what `state` returned."""
-        self.weights[replica].copy_(state["weights"])
+        """Write back what `state` returned, of this arena or of another, padded or not."""
+        part = self._padded.get(replica)
+        if part is None:
+            self.weights[replica].copy_(state["weights"])
+        else:
+            part.put(self.weights[replica], state["weights"].to(self.weights.device))
         optimizer = self.optimizers[replica]
         row = optimizer.param_groups[0]["params"][0]
         moments = {
@@ -158,6 +209,11 @@ class Arena:
             optimizer.state[row] = moments
 
     def named_row(self, replica: int) -> dict[str, Tensor]:
-        """Return one replica's tensors by name, copies on the CPU."""
-        views = {name: self.view(self.weights, name)[replica] for name in self._slices}
-        return {name: view.to("cpu", copy=True) for name, view in views.items()}
+        """Return one replica's tensors by name, of its own shapes, copies on the CPU."""
+        own = {name: self.own(self.weights, name, replica) for name in self._slices}
+        return {name: tensor.to("cpu", copy=True) for name, tensor in own.items()}
+
+
+def _corner(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """Return the leading part of `tensor` that has `shape`, as a view."""
+    return tensor[tuple(slice(size) for size in shape)]

@@ -27,10 +27,13 @@ class CompiledLayers:
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self._layers = layers
+        # On a GPU the wrapper would need a CUDA toolkit beside torch's own libraries.
+        is_on_cpu = next(layers[0].parameters()).device.type == "cpu"
+        options: dict[str, str | int | bool | Any] | None = (
+            {"cpp_wrapper": True} if is_on_cpu else None
+        )
         self._compiled = [
-            torch.compile(
-                layer.forward, fullgraph=True, dynamic=False, options={"cpp_wrapper": True}
-            )
+            torch.compile(layer.forward, fullgraph=True, dynamic=False, options=options)
             for layer in layers
         ]
         self._forwards = ForwardSwap()

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
+from aqn_tune.study.engine import SplitArrays
 from aqn_tune.tasks.encode import encode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from numpy.typing import NDArray
 
     from aqn_tune.tasks import Example
 
@@ -30,6 +35,14 @@ class TokenSet(NamedTuple):
     """Boolean [n, T]: False at padding."""
     first: int
     """First position whose prediction can be an answer token, rounded down to `ROW_MULTIPLE`."""
+
+    @classmethod
+    def of(cls, arrays: SplitArrays) -> TokenSet:
+        """Return a split on the very memory of its arrays: nothing may write into the tensors."""
+        # Not `torch.from_numpy`, which warns of arrays that are read-only, as these are. On a worker they
+        # lie in memory that is mapped read-only: a write there ends the process.
+        tokens, answer, valid = map(from_dlpack, (arrays.tokens, arrays.answer, arrays.valid))
+        return cls(tokens, answer, valid, arrays.first)
 
     def to(self, device: torch.device) -> TokenSet:
         """Return the split on a device."""
@@ -53,20 +66,31 @@ class TokenLoss(NamedTuple):
     """Boolean [rows]: every answer token is the most likely one given the true tokens before it."""
 
 
-def load_tokens(tokenizer: Any, examples: Sequence[Example], max_length: int) -> TokenSet:
+def encode_split(tokenizer: Any, examples: Sequence[Example], max_length: int) -> SplitArrays:
     """Encode a split; see `aqn_tune.tasks.encode` for the rules and errors.
 
     Columns in which the whole split is padding are left out: they enter no loss, no fault's
     reference and no count.
     """
     encoded = encode(tokenizer, examples, max_length)
-    answer = torch.from_numpy(encoded.answer_mask)
-    valid = torch.from_numpy(encoded.valid)
-    first = max(int(answer.int().argmax(dim=1).min()) - 1, 0) // ROW_MULTIPLE * ROW_MULTIPLE
-    longest = int(valid.sum(dim=1).max())
+    begin = int(encoded.answer_mask.argmax(axis=1).min())
+    first = max(begin - 1, 0) // ROW_MULTIPLE * ROW_MULTIPLE
+    longest = int(encoded.valid.sum(axis=1).max())
     width = min(-(-longest // ROW_MULTIPLE) * ROW_MULTIPLE, max_length)
-    tokens = torch.from_numpy(encoded.tokens)[:, :width].contiguous()
-    return TokenSet(tokens, answer[:, :width].contiguous(), valid[:, :width].contiguous(), first)
+    tokens, answer, valid = (_for_good(each[:, :width]) for each in encoded)
+    return SplitArrays(tokens, answer, valid, first, max_length)
+
+
+def _for_good(array: NDArray[Any]) -> NDArray[Any]:
+    """Return an array in one piece that cannot be written to."""
+    whole = np.ascontiguousarray(array)
+    whole.setflags(write=False)
+    return whole
+
+
+def load_tokens(tokenizer: Any, examples: Sequence[Example], max_length: int) -> TokenSet:
+    """Return a split as tensors; see `encode_split`."""
+    return TokenSet.of(encode_split(tokenizer, examples, max_length))
 
 
 def answer_logits(model: torch.nn.Module, batch: TokenSet) -> Tensor:

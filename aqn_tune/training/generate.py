@@ -36,6 +36,9 @@ from aqn_tune.training.passes import Pass, disagreement, folded, living_passes
 FOLD_TOKENS = 16384
 """Most tokens whose keys and values are kept at a time, as long as one (run, condition) pair fits. Most
 forward passes are of one token per row, and cost little more for several pairs than for one."""
+ROWS_OF_A_FOLD = 16
+"""Batches are filled up to a multiple of this with rows that are over: a pass has one token per row, and
+in other numbers of rows products round by what else is in the fold."""
 EXTRA_TOKENS = 8
 """An answer that is not over this many tokens after the longest reference is broken off."""
 
@@ -186,10 +189,18 @@ def _run_fold(
         in_order = lengths.argsort(stable=True)
         for first in range(0, len(in_order), batch_size):
             numbers = in_order[first : first + batch_size]
+            filled = torch.cat([numbers, numbers[-1:].expand(-len(numbers) % ROWS_OF_A_FOLD)])
+            is_fill = torch.arange(len(filled), device=filled.device) >= len(numbers)
             token_number = 0
-            answers, finite = greedy(pack.model, data.batch(numbers.repeat(folds)), bound, announce)
+            answers, finite = greedy(
+                pack.model,
+                data.batch(filled.repeat(folds)),
+                bound,
+                announce,
+                is_over=is_fill.repeat(folds),
+            )
             for index, own in enumerate(rows):
-                part = slice(index * len(numbers), (index + 1) * len(numbers))
+                part = slice(index * len(filled), index * len(filled) + len(numbers))
                 own.update(zip(numbers.tolist(), answers[part], strict=True))
                 is_finite[index] &= bool(finite[part].all())
             batch_number += 1
@@ -206,7 +217,12 @@ def prompt_lengths(data: TokenSet) -> Tensor:
 
 
 def greedy(
-    model: nn.Module, batch: TokenSet, bound: int, announce: Callable[[Tensor], None]
+    model: nn.Module,
+    batch: TokenSet,
+    bound: int,
+    announce: Callable[[Tensor], None],
+    *,
+    is_over: Tensor | None = None,
 ) -> tuple[list[Tokens], Tensor]:
     """Return what `model` writes behind the prompts of `batch`, the most likely token each time.
 
@@ -218,6 +234,7 @@ def greedy(
         bound: Most tokens of an answer; it ends before with the end token or the model's last position.
         announce: Is called before every forward pass with a mask [rows, T] of the T tokens that each
             row puts into it: False in rows that are over.
+        is_over: Boolean [rows], rows that are over from the beginning; none where it is left out.
 
     Returns:
         The tokens of each row, with the end token where it came; and a boolean [rows], whether every
@@ -233,8 +250,8 @@ def greedy(
     position = int(lengths.min())
     """Where the next token comes to stand, in every row."""
     tokens = batch.tokens[:, :position]
-    running = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
-    finite = running.clone()
+    finite = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+    running = finite.clone() if is_over is None else ~is_over
     columns: list[Tensor] = []
     kept: list[Tensor] = []
     past = None

@@ -103,8 +103,8 @@ class Mechanism:
     ) -> LayerMechanism:
         own, other, product = [], [], []
         for name in names:
-            a = self._arena.view(self._arena.gradients, name)[replica].double()
-            b = self._arena.view(clean, name)[replica].double()
+            a = self._arena.own(self._arena.gradients, name, replica).double()
+            b = self._arena.own(clean, name, replica).double()
             own.append(float((a * a).sum()))
             other.append(float((b * b).sum()))
             product.append(float((a * b).sum()))

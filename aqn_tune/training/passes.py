@@ -51,7 +51,7 @@ def living_passes(pack: ReplicaPack) -> list[Pass]:
 @contextmanager
 def folded(pack: ReplicaPack, replicas: Sequence[int]) -> Iterator[None]:
     """Let fold f of every forward pass in the block be replica `replicas[f]`."""
-    of_fold = torch.tensor(replicas)
+    of_fold = torch.tensor(replicas, device=pack.device)
     try:
         for module in pack.folded:
             module.replica_of_fold = of_fold

@@ -39,10 +39,10 @@ def state_of(pack: ReplicaPack, replica: int) -> ReplicaState:
     return ReplicaState(
         step=pack.step,
         row=pack.arena.state(replica),
-        train_losses=pack.train_losses[replica],
+        train_losses=list(pack.train_losses[replica]),
         failure=pack.failures.get(replica, ""),
         noise_calls=audit.calls[replica],
-        noise_sums=audit.sums[replica],
+        noise_sums={layer: list(sums) for layer, sums in audit.sums[replica].items()},
         fault_calls=[int(tally.calls[replica]) for tally in faults],
         gradients_due=[int(tally.due[replica]) for tally in faults],
         quantizer_calls=[int(tally.calls[replica]) for tally in quantizers],

@@ -38,13 +38,14 @@ class Trained(NamedTuple):
 
 
 def make_trained(model: nn.Module, runs: Sequence[Run], book: AddressBook) -> Trained:
-    """Give K runs of equal method their trained tensors, on the device of `model`, which is changed.
+    """Give K runs of equal pack key their trained tensors, on the device of `model`, which is changed.
 
     Raises ValueError for several runs of full fine-tuning whose model cannot be stacked (see
     `aqn_tune.training.stacked.obstacle`), UserError for adapters that match nothing.
     """
-    method = runs[0].training.method
-    trained = _adapters(model, runs, method) if isinstance(method, Lora) else _all(model, runs)
+    methods = [run.training.method for run in runs]
+    loras = [method for method in methods if isinstance(method, Lora)]
+    trained = _adapters(model, runs, loras) if loras else _all(model, runs)
     for replica, run in enumerate(runs):
         names = _left_out(run, trained.arena, book)
         if names:
@@ -52,15 +53,20 @@ def make_trained(model: nn.Module, runs: Sequence[Run], book: AddressBook) -> Tr
     return trained
 
 
-def _adapters(model: nn.Module, runs: Sequence[Run], method: Lora) -> Trained:
+def _adapters(model: nn.Module, runs: Sequence[Run], methods: Sequence[Lora]) -> Trained:
     parameter = next(model.parameters())
     # Adapters of a bfloat16 model are trained in float32, as peft does: small updates would be lost.
     dtype = torch.float32 if parameter.dtype == torch.bfloat16 else parameter.dtype
-    sites = adapter_sites(model, method)
-    arena = Arena(adapter_shapes(sites, method.rank), len(runs), dtype, parameter.device)
-    initialise_adapters(arena, sites, method.rank, [run.seed for run in runs])
+    sites = adapter_sites(model, methods[0])
+    # Zeros beyond a run's own rank in A and B give zeros in its product, and zero gradients there.
+    rank = max(method.rank for method in methods)
+    arena = Arena(adapter_shapes(sites, rank), len(runs), dtype, parameter.device)
+    for replica, method in enumerate(methods):
+        if method.rank < rank:
+            arena.pad(replica, adapter_shapes(sites, method.rank))
+    initialise_adapters(arena, sites, methods, [run.seed for run in runs])
     frozen = dict(model.named_parameters())
-    return Trained(arena, attach_adapters(model, arena, sites, method), frozen)
+    return Trained(arena, attach_adapters(model, arena, sites, methods), frozen)
 
 
 def _all(model: nn.Module, runs: Sequence[Run]) -> Trained:
