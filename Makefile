@@ -10,7 +10,7 @@ sweep: $(READY)
 	$(BIN)/aqn-tune run experiments/quick_sweep.yaml
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: lint types
 

@@ -43,6 +43,7 @@ from aqn_tune.study.runs import Condition, Pack, Run, Setting
 from aqn_tune.study.scenario import Scenario, ScenarioSpec
 from aqn_tune.study.schema import ComputeSpec, Study
 from aqn_tune.study.seeds import stream_seed
+from aqn_tune.study.training import TrainingSpec
 from aqn_tune.tasks import WordProblems
 from aqn_tune.tasks.splitting import SplitName
 
@@ -92,7 +93,13 @@ def engine(behaviour: Behaviour = USUAL) -> Engine:
         load_base=load_base,
         load_splits=load_splits,
         open_pack=functools.partial(Synthetic, behaviour=behaviour),
+        rounds_alike=rounds_alike,
     )
+
+
+def rounds_alike(setting: Setting, training: TrainingSpec) -> bool:
+    """Return True: every run is computed by itself."""
+    return True
 
 
 def load_base(setting: Setting) -> BaseArrays:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from exactness import exact
 from tiny import save_tiny_model
 
 from aqn_tune.cli.app import main
@@ -69,6 +70,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyFolder]:
     return study, study_folder(load_study(study))
 
 
+@exact
 def test_workers_and_packs_change_no_number(
     done: tuple[Path, StudyFolder], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -81,6 +83,7 @@ def test_workers_and_packs_change_no_number(
     assert all(first.evaluations[key] == second.evaluations[key] for key in shared)
 
 
+@exact
 def test_runs_that_share_nothing_come_to_the_same_numbers(
     done: tuple[Path, StudyFolder], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -98,6 +101,7 @@ def test_runs_that_share_nothing_come_to_the_same_numbers(
     assert second.repeated().trainings == len(second.cells) - len(second.trainings) > 0
 
 
+@exact
 def test_another_study_takes_what_this_one_has_searched(
     done: tuple[Path, StudyFolder], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,6 +128,7 @@ def test_another_study_takes_what_this_one_has_searched(
     assert call("rerun", str(folder.root), "confirm/eval/finalist1/0", "-q") == 0
 
 
+@exact
 @pytest.mark.parametrize(
     "cell", ["confirm/both/global/3", "confirm/eval/finalist1/0", "search/both/c000/1"]
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exactness import exact
 from tiny import CLEAN, LAYERS, noise, one_pack, save_tiny_model, tiny_setting, tiny_training
 
 from aqn_tune.errors import UserError
@@ -397,6 +398,7 @@ def test_a_fault_without_effect_or_without_cause_is_not_a_number(
     assert "evaluation audit" in row.error
 
 
+@exact
 def test_a_diverging_run_does_not_break_its_pack(folder: Path) -> None:
     """It diverges before its first noisy step: there is no noise to audit, and no audit to fail."""
     healthy = run_of({"targeting": "global"})

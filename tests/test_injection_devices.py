@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from exactness import exact
 from test_injection_models import key_of, mxfp4, nearest_code, part, replace_weight, straight
 from test_injection_sites import Toy, sample
 from test_training_pack import true_float64_rmsnorm
@@ -588,6 +589,7 @@ def results(folder: Path, runs: Sequence[Run]) -> list[tuple[Any, ...]]:
     return recorded
 
 
+@exact
 @pytest.mark.slow
 def test_a_run_on_any_device_in_a_pack_is_the_run_alone_bit_for_bit(folder: Path) -> None:
     """Losses, audits and evaluations; one neighbour diverges to NaN on a device with everything."""
@@ -958,9 +960,9 @@ def test_the_deployments_differ(trained_pack: tuple[ReplicaPack, list[Evaluated]
         name: [recorded_loss(outcomes, 0, f"{name} {path}").loss for path in PATHS]
         for name in DEPLOYED
     }
-    for name, (exact, faulty, merged) in by_path.items():
-        assert (exact == faulty) == (name in ("dead zone", "stuck weights", "W4 mxfp4")), name
-        assert (exact == pytest.approx(merged, abs=1e-9)) == (name == "dead zone"), name
+    for name, (apart, faulty, merged) in by_path.items():
+        assert (apart == faulty) == (name in ("dead zone", "stuck weights", "W4 mxfp4")), name
+        assert (apart == pytest.approx(merged, abs=1e-9)) == (name == "dead zone"), name
 
 
 def test_draws_of_a_random_fault_are_separate_evaluations(

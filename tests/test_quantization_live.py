@@ -1,6 +1,6 @@
 """Number formats beside independent libraries, each skipped where it is not installed.
 
-To run them: `pip install ml_dtypes torchao==0.18.0 compressed-tensors==0.20.0 loguru`.
+To run them: `pip install -e '.[live]'`.
 """
 
 from __future__ import annotations

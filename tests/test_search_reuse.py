@@ -450,7 +450,7 @@ def test_what_is_to_be_exported_is_trained(donor: Donated, tmp_path: Path) -> No
     packs = control_packs(mine, setting, resolve_scenarios(mine), recorder, layer_count=LAYERS)
     key = packs[1].runs[0].training_key(setting)
     exporting = packs[1].model_copy(update={"export": {key: str(tmp_path / "adapter")}})
-    shelf = open_shelf(mine, folder, layer_count=LAYERS, announce=None)
+    shelf = open_shelf(mine, folder, layer_count=LAYERS, rounds_alike=lambda: True, announce=None)
     take_over((packs[0], exporting, *packs[2:]), shelf, setting, recorder)
     assert key not in recorder.ledger.trainings
     assert len(recorder.ledger.trainings) == CONTROLS - 1
@@ -483,6 +483,20 @@ def test_studies_whose_packs_round_differently_take_nothing(tmp_path: Path) -> N
     odd: dict[str, Any] = {"eval_batch_size": 33}
     search(study_of(tmp_path, "donor", **odd))
     assert not any(sources(search(study_of(tmp_path, **odd))[0]))
+
+
+def test_nothing_is_taken_where_a_training_depends_on_its_pack(
+    donor: Donated, tmp_path: Path
+) -> None:
+    from aqn_tune.search.runner import run_search
+
+    made = engine()._replace(rounds_alike=lambda setting, training: False)
+    mine = study_of(tmp_path / "runs")
+    folder, setting = study_folder(mine), make_setting(mine)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("aqn_tune.search.runner.execute", inline)
+        run_search(mine, setting, resolve_scenarios(mine), folder, layer_count=LAYERS, engine=made)
+    assert not any(sources(Ledger(folder.ledger)))
 
 
 def test_an_empty_shelf_survives_pickling(donor: Donated, tmp_path: Path) -> None:

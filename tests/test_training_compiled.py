@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from exactness import exact
 from tiny import CLEAN, noise, save_tiny_model, tiny_setting, tiny_training
 
 from aqn_tune.errors import UserError
@@ -53,6 +54,7 @@ def train(folder: Path, runs: list[Run]) -> ReplicaPack:
     return pack
 
 
+@exact
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_packs_agree_with_themselves_and_with_eager_ones(folder: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exactness import exact
 from test_training_memory import numbers, reports
 from test_training_pack import mixed_runs
 from test_training_stacked import full_run
@@ -110,6 +111,7 @@ def test_what_ran_out_of_memory_is_gone_before_its_halves_are_opened(
     assert not any(alive)
 
 
+@exact
 @pytest.mark.parametrize(
     ("where", "at"),
     [("_train_step", 0), ("_train_step", 4), ("weights_hash", 0), ("weights_hash", 4)],

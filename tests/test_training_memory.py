@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from exactness import exact
 from test_training_pack import mixed_runs
 from test_training_stacked import full_run
 from tiny import noise, one_pack, save_tiny_model, tiny_setting
@@ -162,6 +163,7 @@ def numbers(report: RungReport) -> list[Any]:
     ]
 
 
+@exact
 @pytest.mark.parametrize("lockstep", [1, 2])
 def test_a_limit_changes_no_number_and_is_said(folder: Path, lockstep: int) -> None:
     runs = mixed_runs()[1:4]
@@ -188,6 +190,7 @@ def test_a_model_that_cannot_be_stacked_trains_one_run_after_another(
     assert numbers(together[-1]) == numbers(apart[-1])
 
 
+@exact
 @pytest.mark.parametrize(
     ("at", "again_from", "lockstep"),
     [(2, 0, ([1, 2, 2], [1, 2, 2])), (4, 3, ([3, 3, 3], [1, 2, 2]))],
@@ -247,6 +250,7 @@ def test_another_error_is_no_reason_to_try_again(
     assert tries == [2]
 
 
+@exact
 @pytest.mark.parametrize(("before", "after"), [(3, 1), (1, 3), (2, 3)])
 def test_a_state_continues_in_other_groups(folder: Path, before: int, after: int) -> None:
     """What a pack saved at a rung, groups of another size take up, to the same numbers."""

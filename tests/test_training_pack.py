@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exactness import exact
 from tiny import CLEAN, LAYERS, noise, one_pack, save_tiny_model, tiny_setting, tiny_training
 
 from aqn_tune.faults import DeadZone, RelativeGaussian
@@ -77,6 +78,7 @@ def train(folder: Path, runs: list[Run], *, dtype: str = "float32", steps: int =
     return pack
 
 
+@exact
 def test_a_run_in_a_pack_equals_the_run_alone_bit_for_bit(folder: Path) -> None:
     runs = mixed_runs()
     together = train(folder, runs)
@@ -97,6 +99,7 @@ def test_neighbours_do_not_share_draws_data_or_reductions(folder: Path) -> None:
     assert pack.train_losses[0][0] != pack.train_losses[2][0]
 
 
+@exact
 def test_a_diverging_neighbour_fails_alone(folder: Path) -> None:
     run = mixed_runs()[2]
     # A learning rate that overflows float32 within the first steps.

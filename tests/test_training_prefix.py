@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from exactness import exact
 from test_injection_devices import every_run
 from test_injection_models import ARCHITECTURES, SHAPE, build
 from tiny import CLEAN, LAYERS, save_tiny_model, tiny_setting, tiny_training
@@ -144,6 +145,7 @@ def by_themselves(folder: Path, crowd: ReplicaPack) -> list[Evaluated]:
         return evaluated(crowd, held_out(folder))
 
 
+@exact
 @pytest.mark.parametrize("tokens", [1, 3000, 10**6], ids=["one by one", "folds", "one fold"])
 def test_passes_that_share_layers_come_to_the_same_bit_for_bit(
     folder: Path,
@@ -163,6 +165,7 @@ def test_passes_that_share_layers_come_to_the_same_bit_for_bit(
     assert len(losses) >= len(MANY) - 3
 
 
+@exact
 @pytest.mark.slow
 def test_every_device_shares_and_comes_to_the_same(
     folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -176,6 +179,7 @@ def test_every_device_shares_and_comes_to_the_same(
     assert shared == evaluated(pack, data)
 
 
+@exact
 @pytest.mark.parametrize("method", ["full", "checkpointed"])
 def test_other_ways_to_train_share_as_well(
     folder: Path, method: str, monkeypatch: pytest.MonkeyPatch
@@ -261,6 +265,7 @@ def test_no_cut_is_behind_a_layer_that_is_left_out(folder: Path) -> None:
         assert tuple(rows[layer] for layer in range(LAYERS)) == passes
 
 
+@exact
 def test_replicas_of_a_pack_share_folds_and_nothing_else(folder: Path) -> None:
     conditions = (CLEAN, under("d", DEVICES["dead 1"]))
     runs = [run_under(*conditions, seed=seed) for seed in (2, 4, 6)]
@@ -377,6 +382,7 @@ def test_any_architecture_can_be_cut_at_any_layer(name: str) -> None:
     assert not any("forward" in layer.__dict__ for layer in layers)
 
 
+@exact
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "gptj"])
 def test_any_architecture_comes_to_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     last = {"gpt2": "c_proj", "gptj": "out_proj"}.get(name, "o_proj")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from exactness import exact
 from safetensors.torch import load_file
 from tiny import CLEAN, noise, one_pack, save_tiny_model, tiny_setting, tiny_training
 
@@ -118,6 +119,7 @@ def together(request: pytest.FixtureRequest, folder: Path) -> ReplicaPack:
     return pack
 
 
+@exact
 @pytest.mark.parametrize("index", range(len(MIXED)))
 def test_a_run_among_other_ranks_is_the_run_alone(
     folder: Path, together: ReplicaPack, index: int
@@ -153,6 +155,7 @@ def test_without_the_packed_copies_the_padding_stays_zero_too(folder: Path) -> N
         assert not padding(pack, pack.arena.weights, replica).any()
 
 
+@exact
 def test_the_norm_that_is_clipped_is_that_of_the_run_alone(folder: Path) -> None:
     def norms(runs: Sequence[Run]) -> list[float]:
         pack = train(folder, runs, steps=3)
@@ -179,6 +182,7 @@ def test_frozen_layers_beside_padding(folder: Path, together: ReplicaPack) -> No
     assert together.arena.trained_size(1) == sum(tensor.numel() for tensor in own.values())
 
 
+@exact
 def test_equal_scalings_that_round_share_a_pack(folder: Path) -> None:
     runs = [a_run(2, 4, 0.7, DEAD), a_run(4, 8, 0.7, DEAD), a_run(6, 13, 0.7, policy=NOISE)]
     assert len({pack_key(run) for run in runs}) == 1
@@ -213,6 +217,7 @@ def test_runs_of_one_rank_and_scaling_do_nothing_that_mixed_ones_need(
         train(folder, MIXED[:2], steps=0)
 
 
+@exact
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_layers_take_mixed_ranks(folder: Path) -> None:
@@ -234,6 +239,7 @@ ALONE, SMALL, LARGE = [0], [1, 0], [2, 0, 1]
 """Packs by their runs' numbers: run 0 has no padding, is padded to rank 8, to rank 16."""
 
 
+@exact
 @pytest.mark.parametrize(
     ("before", "after"),
     [(LARGE, ALONE), (ALONE, LARGE), (LARGE, SMALL), (SMALL, LARGE), (SMALL, ALONE)],
@@ -254,6 +260,7 @@ def test_a_state_continues_in_any_pack(folder: Path, before: list[int], after: l
     assert evaluations(folder, second, at) == evaluations(folder, straight, 0)
 
 
+@exact
 def test_every_run_exports_an_adapter_of_its_own_rank(folder: Path, tmp_path: Path) -> None:
     setting = tiny_setting(folder)
     runs = [a_run(2, 4, 0.5, training={"steps": 4}), a_run(4, 16, 2.0, training={"steps": 4})]

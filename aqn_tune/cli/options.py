@@ -31,8 +31,8 @@ PackSize = Annotated[
         min=1,
         metavar="N",
         help="Most runs that share a forward pass, in place of `compute.pack_replicas`; 1 trains "
-        "every run alone. The numbers stay the same (on a GPU, or with an odd number of rows in a "
-        "batch, to rounding).",
+        "every run alone. The numbers stay the same (on a GPU, and where this processor adds up "
+        "in another order in other shapes, to rounding).",
     ),
 ]
 NoReuse = Annotated[

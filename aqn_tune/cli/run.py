@@ -130,6 +130,7 @@ def run_study(
         if left:
             check_last_start(folder)
             check_rows(study, setting, engine)
+            check_rounding(study, setting, engine)
         with ray_session(study.compute) if left else nullcontext():
             # Nothing was written up to here: a run that is refused leaves the folder as it was.
             write_study(study, folder)
@@ -170,6 +171,20 @@ def check_rows(study: Study, setting: Setting, engine: Engine) -> None:
     if study.search and study.search.configs:
         names.append("validation")
     engine.load_splits(setting, names, study.training.max_length)
+
+
+def check_rounding(study: Study, setting: Setting, engine: Engine) -> None:
+    """Raise UserError where runs would be held to a last bit that depends on their packs."""
+    from aqn_tune.study.packing import pack_size
+
+    if study.compute.reuse or pack_size(study) == 1:
+        return
+    if not engine.rounds_alike(setting, study.training):
+        raise UserError(
+            "compute.reuse: got false (--no-reuse), which holds every run to the last bit of the recorded "
+            "one; but here (GPU, compiled layers, or a processor that adds up in another order in other "
+            "shapes) that bit depends on what shares a pack: add --pack 1"
+        )
 
 
 def check_last_start(folder: StudyFolder) -> None:

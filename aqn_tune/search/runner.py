@@ -61,7 +61,13 @@ def run_search(
         return
     recorder = Recorder(Ledger(folder.ledger), folder.root, listeners)
     packs = control_packs(study, setting, scenarios, recorder, layer_count=layer_count)
-    shelf = open_shelf(study, folder, layer_count=layer_count, announce=announce)
+    shelf = open_shelf(
+        study,
+        folder,
+        layer_count=layer_count,
+        rounds_alike=lambda: engine.rounds_alike(setting, study.training),
+        announce=announce,
+    )
     taken = announce_taken(recorder.ledger, {}, None)
     take_over(packs, shelf, setting, recorder)
     taken = announce_taken(recorder.ledger, taken, announce)

@@ -57,15 +57,28 @@ class Shelf:
 
 
 def open_shelf(
-    study: Study, folder: StudyFolder, *, layer_count: int, announce: Callable[[str], None] | None
+    study: Study,
+    folder: StudyFolder,
+    *,
+    layer_count: int,
+    rounds_alike: Callable[[], bool],
+    announce: Callable[[str], None] | None,
 ) -> Shelf:
-    """Return what the search of `study` may take from the studies beside it; nothing without reuse."""
+    """Return what the search of `study` may take from the studies beside it; nothing without reuse.
+
+    Nothing either where a training depends on its pack, if only in its last bits: `rounds_alike` is
+    asked once there is a donor.
+    """
     if not study.compute.reuse:
         return Shelf()
+
+    def donors() -> tuple[Donor, ...]:
+        say = announce or (lambda _: None)
+        found = tuple(find_donors(study, folder, layer_count=layer_count, announce=say))
+        return found if found and rounds_alike() else ()
+
     return Shelf(
-        lambda: find_donors(
-            study, folder, layer_count=layer_count, announce=announce or (lambda _: None)
-        ),
+        donors,
         eval_batch_size=study.eval_batch_size,
         rows=lambda: split_rows(study, "search"),
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from aqn_tune.ledger.rows import EvaluationRow, TrainingRow
 from aqn_tune.study.runs import Pack, Setting, Split
+from aqn_tune.study.training import TrainingSpec
 from aqn_tune.tasks.splitting import SplitName
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class PackTraining(Protocol):
 
 
 class Engine(NamedTuple):
-    """A way to train packs: three module-level functions, so that a worker can import them.
+    """A way to train packs: module-level functions, so that a worker can import them.
 
     Whoever starts the workers loads, once; a worker opens packs on what was loaded, and reads neither
     weights nor rows by itself. Without workers it is the same: load, then open.
@@ -96,6 +97,8 @@ class Engine(NamedTuple):
     be had, are not those of the setting, or do not fit."""
     open_pack: Callable[[Pack, Setting, Shared], PackTraining]
     """Build a pack on a worker. Raises ValueError where its rows were not loaded at its length."""
+    rounds_alike: Callable[[Setting, TrainingSpec], bool]
+    """Whether, on this machine, a training gives the same bits alone and in any pack; else to rounding."""
 
     def load(self, setting: Setting, split: Split, max_length: int) -> Shared:
         """Return what packs of rows of at most `max_length` tokens need that are evaluated on `split`.

@@ -80,16 +80,27 @@ def layer_count(model: ModelSpec) -> int:
     Raises UserError where the model is neither a folder nor in the Hugging Face cache, or where its
     config does not say how many layers it has.
     """
+    found = _config_numbers(model, "num_hidden_layers", "n_layer", "num_layers")
+    if not found:
+        raise UserError(
+            f"model.path: {_config_file(model)} has no num_hidden_layers; is it a causal language model?"
+        )
+    return found[0]
+
+
+def model_widths(model: ModelSpec) -> tuple[int, ...]:
+    """Return the features between and inside the layers of a model, as its config.json names them."""
+    return _config_numbers(model, "hidden_size", "n_embd", "intermediate_size", "n_inner")
+
+
+def _config_numbers(model: ModelSpec, *names: str) -> tuple[int, ...]:
     file = _config_file(model)
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"model.path: cannot read {file}: {error}") from None
-    for part in (config, config.get("text_config") or {}):
-        for name in ("num_hidden_layers", "n_layer", "num_layers"):
-            if isinstance(part.get(name), int):
-                return int(part[name])
-    raise UserError(f"model.path: {file} has no num_hidden_layers; is it a causal language model?")
+    parts = (config, config.get("text_config") or {})
+    return tuple(int(p[name]) for p in parts for name in names if isinstance(p.get(name), int))
 
 
 def _config_file(model: ModelSpec) -> Path:

@@ -15,7 +15,9 @@ from aqn_tune.errors import UserError
 from aqn_tune.ledger.rows import EvaluationRow, TrainingRow
 from aqn_tune.models.load import base_arrays, build_model, load_tokenizer
 from aqn_tune.study.engine import BaseArrays, Engine, PackTraining, RungReport, Shared
+from aqn_tune.study.loading import model_widths
 from aqn_tune.study.runs import Condition, Pack, Run, Setting
+from aqn_tune.study.training import TrainingSpec
 from aqn_tune.tasks.splitting import SplitName
 from aqn_tune.training.data import TokenSet
 from aqn_tune.training.evaluate import Evaluated, evaluate
@@ -24,6 +26,7 @@ from aqn_tune.training.generate import Generated, generated_exact_match
 from aqn_tune.training.groups import Group, Groups
 from aqn_tune.training.memory import Fit, cores, fitting
 from aqn_tune.training.pack import ReplicaPack
+from aqn_tune.training.rounding import rounds_alike as products_round_alike
 from aqn_tune.training.splits import load_splits
 from aqn_tune.training.stacked import obstacle
 from aqn_tune.training.state import ReplicaState
@@ -291,5 +294,19 @@ def open_pack(pack: Pack, setting: Setting, shared: Shared) -> PackTraining:
     return TorchPack(pack, setting, shared)
 
 
-ENGINE = Engine(load_base=load_base, load_splits=load_splits, open_pack=open_pack)
+def rounds_alike(setting: Setting, training: TrainingSpec) -> bool:
+    """Return whether a training gives the same bits in any pack; see `Engine.rounds_alike`."""
+    if setting.device != "cpu" or training.compile:
+        return False
+    width = load_splits(setting, ["train"], training.max_length)["train"].tokens.shape[1]
+    micro = -(-training.batch_size // training.gradient_accumulation_steps)
+    rows = {rows * width for rows in (micro, training.batch_size % micro) if rows}
+    rows.add(setting.eval_batch_size * width)
+    dtype = getattr(torch, setting.model.dtype)
+    return products_round_alike(tuple(rows), model_widths(setting.model), dtype)
+
+
+ENGINE = Engine(
+    load_base=load_base, load_splits=load_splits, open_pack=open_pack, rounds_alike=rounds_alike
+)
 """The engine that `aqn-tune run` uses."""
