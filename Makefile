@@ -4,13 +4,17 @@ BIN := .venv/bin
 # torch comes first and by its exact version: asked for by a range, pip may choose a build with gigabytes of CUDA.
 READY := .venv/.ready
 
-.PHONY: sweep test check lint types clean
+.PHONY: sweep test chaos check lint types clean
 
 sweep: $(READY)
 	$(BIN)/aqn-tune run experiments/quick_sweep.yaml
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# Forty drivers killed at random moments, each study continued and compared: a quarter of an hour.
+chaos: $(READY)
+	$(BIN)/python tests/chaos.py
 
 check: lint types
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import sqlite3
 from collections.abc import Iterable
 
 
@@ -27,6 +29,44 @@ class Interrupted(Exception):
     Everything reported by then is in the ledger; running the same study again continues from there.
     The command line exits with code 130.
     """
+
+
+_STORAGE = {
+    errno.ENOSPC: "no space is left on the device",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would be larger than is allowed",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission is denied",
+    errno.EPERM: "the operation is not permitted",
+    errno.EIO: "the device does not answer",
+    errno.ESTALE: "the network file system has gone",
+}
+
+
+def storage_error(error: BaseException | None, where: object = "") -> UserError | None:
+    """Return what a failed write means to the user; None for an error that has nothing to do with storage.
+
+    The causes of `error` are looked through as well. What was recorded before is on disk, so that the
+    study continues where it was once the storage is mended.
+
+    Args:
+        error: What was raised.
+        where: The file or folder, where the error does not name one.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        said = _STORAGE.get(error.errno or 0) if isinstance(error, OSError) else None
+        if isinstance(error, sqlite3.OperationalError) and "disk is full" in str(error):
+            said = _STORAGE[errno.ENOSPC]
+        if said is not None:
+            place = getattr(error, "filename", None) or where or "the study's folder"
+            return UserError(
+                f"{place}: {said}. What was reported before is in the ledger: mend the "
+                "storage and run the study again to continue it"
+            )
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def nearest(got: str, allowed: Iterable[str]) -> str:

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from aqn_tune import __version__
-from aqn_tune.cli import inspect, listing, plan, report, rerun, run, status, train
-from aqn_tune.errors import Interrupted, UserError
+from aqn_tune.cli import inspect, listing, plan, report, rerun, resume, run, status, train
+from aqn_tune.errors import Interrupted, UserError, storage_error
 
 app = typer.Typer(
     name="aqn-tune",
@@ -26,6 +26,7 @@ for name, function in (
     ("plan", plan.command),
     ("inspect", inspect.command),
     ("run", run.command),
+    ("resume", resume.command),
     ("status", status.command),
     ("report", report.command),
     ("rerun", rerun.command),
@@ -60,6 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Interrupted as error:
         _complain(str(error))
         sys.exit(130)
+    except OSError as error:
+        mendable = storage_error(error)
+        if mendable is None:
+            raise
+        _complain(str(mendable))
+        sys.exit(2)
 
 
 def _complain(message: str) -> None:

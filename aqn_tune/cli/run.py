@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -21,6 +22,7 @@ from aqn_tune.cli.options import (
 )
 from aqn_tune.cli.output import ProgressLine, set_verbosity
 from aqn_tune.errors import UserError
+from aqn_tune.study.difference import differences, differences_text
 from aqn_tune.study.folder import StudyFolder, study_folder, study_hash
 from aqn_tune.study.loading import layer_count, load_study, make_setting, resolve_scenarios
 from aqn_tune.study.sweep import study_content
@@ -73,14 +75,19 @@ def command(
     Exits with 1 when a training of an arm failed, or when the study ends without verdicts; the
     report is written all the same.
     """
-    from aqn_tune.cli.report import show_results
-
     set_verbosity(verbose)
     loaded = load_study(study, with_compute(overrides, pack, no_reuse))
+    run_and_report(loaded, json=json, quiet=quiet, fresh=fresh)
+
+
+def run_and_report(study: Study, *, json: bool, quiet: bool, fresh: bool = False) -> None:
+    """Run a study, or what is left of it, and print its results; exit with 1 as `command` says."""
+    from aqn_tune.cli.report import show_results
+
     with ProgressLine(quiet=quiet) as progress:
         from aqn_tune.training.engine import ENGINE
 
-        outcome = run_study(loaded, engine=ENGINE, progress=progress, fresh=fresh)
+        outcome = run_study(study, engine=ENGINE, progress=progress, fresh=fresh)
     show_results(outcome.folder, json=json, quiet=quiet)
     if outcome.failed_configs:
         progress.note(f"{outcome.failed_configs} trainings of search configs failed")
@@ -114,6 +121,10 @@ def run_study(
         check_rows(study, setting, engine)
         set_aside(folder.root)
     _check_folder(folder, study)
+    if not folder.study.exists():
+        changed = like_another(study, folder)
+        if changed:
+            progress.note(changed)
     from aqn_tune.confirm.runner import run_confirm
     from aqn_tune.confirm.standing import standing
     from aqn_tune.ledger import Ledger
@@ -163,6 +174,33 @@ def run_study(
             finish_manifest(folder)
         write_report(folder, tensorboard=False)  # the board was written as the rows came in
     return count_failures(folder, Ledger(folder.ledger))
+
+
+def like_another(study: Study, folder: StudyFolder) -> str:
+    """Return in what `study` differs from the most alike study of its name, "" where there is none.
+
+    A key that was changed makes another study, in a folder of its own: who meant to continue the earlier
+    one is told before anything is trained.
+    """
+    from aqn_tune.report.results import load_study_file
+
+    others = []
+    for root in sorted(folder.root.parent.glob(f"{study.study}-*")):
+        try:
+            recorded = load_study_file(StudyFolder(root))
+        except UserError:  # not a study's folder, or one of another version
+            continue
+        if recorded.study == study.study:
+            others.append((differences(recorded, study), root))
+    if not others:
+        return ""
+    changed, root = min(others, key=lambda other: len(other[0]))
+    if not changed:  # set aside, or another generation of the same
+        return ""
+    return (
+        f"this is a new study, in a folder of its own: {root.name} differs in {differences_text(changed)}; "
+        f"to continue that one: aqn-tune resume {shlex.quote(str(root))}"
+    )
 
 
 def check_rows(study: Study, setting: Setting, engine: Engine) -> None:
@@ -258,8 +296,12 @@ def _check_folder(folder: StudyFolder, study: Study) -> None:
         return
     from aqn_tune.report.results import load_study_file
 
-    if study_hash(load_study_file(folder)) != study_hash(study):
-        raise UserError(f"{folder.root}: holds another study than this one; use --fresh")
+    recorded = load_study_file(folder)
+    if study_hash(recorded) != study_hash(study):
+        changed = differences_text(differences(recorded, study))
+        raise UserError(
+            f"{folder.root}: holds another study than this one ({changed}); use --fresh to set it aside"
+        )
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from aqn_tune.errors import UserError
+from aqn_tune.errors import UserError, storage_error
 from aqn_tune.ledger.rows import (
     CellRow,
     EvaluationRow,
@@ -115,17 +115,29 @@ class Ledger:
             self.search.append(row)
 
     def append(self, rows: Iterable[RecordedRow]) -> None:
-        """Write `rows` and wait until they are on disk."""
+        """Write `rows` and wait until they are on disk.
+
+        Raises UserError where the storage does not take them; the ledger then holds the rows up to some
+        point, and what was being written is cut off by the next one who writes.
+        """
         rows = list(rows)
         if not rows:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._cut_torn_line()
-        with self.path.open("a", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row.model_dump(mode="json"), allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        text = "".join(
+            json.dumps(row.model_dump(mode="json"), allow_nan=False) + "\n" for row in rows
+        )
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._cut_torn_line()
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            mendable = storage_error(error, self.path)
+            if mendable is None:
+                raise
+            raise mendable from error
         for row in rows:
             self._index(row)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import signal
 import threading
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from aqn_tune.errors import Interrupted
+from aqn_tune.errors import Interrupted, storage_error
 from aqn_tune.search.cluster import ray_session, worker_count
 from aqn_tune.search.progress import ProgressMeter, ProgressSink
 from aqn_tune.search.work import Work
@@ -98,7 +99,10 @@ def execute(
                 tuner.fit()
         except Exception as error:
             if driver.fatal is None:
-                raise
+                mendable = storage_error(error)
+                if mendable is None:
+                    raise
+                raise mendable from error
             # Ray ends in a TuneError because the driver refused to go on: say why it did.
             raise driver.fatal from error
         finally:
@@ -106,7 +110,8 @@ def execute(
         if driver.fatal is not None:
             raise driver.fatal
         if driver.stop_asked:
-            raise Interrupted(f"the {stage} was interrupted; run the study again to continue it")
+            again = f"aqn-tune resume {shlex.quote(str(folder.root))}"
+            raise Interrupted(f"the {stage} was interrupted; to continue it: {again}")
         check_done(work, stage)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ray import tune
 
-from aqn_tune.errors import UserError
+from aqn_tune.errors import UserError, storage_error
 from aqn_tune.search.state import REPORT, SavedState, read_state, state_path, write_state
 from aqn_tune.study.engine import Engine, PackTraining, RungReport, Shared
 from aqn_tune.study.runs import Pack, Setting
@@ -56,10 +56,12 @@ class PackTrainable(tune.Trainable):  # type: ignore[misc]
         try:
             report = self._advance()
         except Exception as error:
+            # A full disk is no failure of this config: it ends the stage, and nothing is lost.
+            mendable = error if isinstance(error, UserError) else storage_error(error)
             return {
                 "pack": self._pack.name,
                 "error": f"{type(error).__name__}: {error}",
-                "user_error": str(error) if isinstance(error, UserError) else "",
+                "user_error": str(mendable or ""),
                 "traceback": traceback.format_exc(),
             }
         return {"pack": self._pack.name, "report": REPORT.dump_json(report).decode()}

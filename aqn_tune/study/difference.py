@@ -1,0 +1,63 @@
+"""In what two studies differ, key by key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from aqn_tune.study.folder import NOT_IDENTITY
+from aqn_tune.study.schema import Study
+
+SHOWN = 6
+"""Differences that a message spells out."""
+_ABSENT = object()
+
+
+class Difference(NamedTuple):
+    """A key that has another value in another study."""
+
+    key: str
+    """Dotted, `scenario.faults.0.threshold`."""
+    old: str
+    """As JSON; "absent" where the study has no such key."""
+    new: str
+
+
+def differences(old: Study, new: Study) -> tuple[Difference, ...]:
+    """Return every key in which two studies differ, of those that can change a number, in order."""
+    contents = (dict(_leaves(_content(study))) for study in (old, new))
+    before, after = contents
+    keys = dict.fromkeys([*before, *after])
+    pairs = ((key, before.get(key, _ABSENT), after.get(key, _ABSENT)) for key in keys)
+    return tuple(Difference(key, _text(a), _text(b)) for key, a, b in pairs if a != b)
+
+
+def differences_text(found: Sequence[Difference]) -> str:
+    """Return differences on one line: `training.steps: 60 -> 80, seed: 0 -> 1 and 3 more`."""
+    shown = ", ".join(f"{one.key}: {one.old} -> {one.new}" for one in found[:SHOWN])
+    more = len(found) - SHOWN
+    return shown + (f" and {more} more" if more > 0 else "")
+
+
+def _content(study: Study) -> dict[str, Any]:
+    content = study.model_dump(mode="json", exclude=NOT_IDENTITY)
+    content["compute"] = {"gpus_per_worker": study.compute.gpus_per_worker}
+    return content
+
+
+def _leaves(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value below a mapping or a list that is neither, or is empty, with its dotted key."""
+    children: list[tuple[Any, Any]] = []
+    if isinstance(content, dict):
+        children = list(content.items())
+    elif isinstance(content, list):
+        children = list(enumerate(content))
+    if not children:
+        yield key, content
+    for name, child in children:
+        yield from _leaves(child, f"{key}.{name}" if key else str(name))
+
+
+def _text(value: Any) -> str:
+    return "absent" if value is _ABSENT else json.dumps(value, ensure_ascii=False)

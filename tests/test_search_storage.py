@@ -1,0 +1,213 @@
+"""Storage that fails: a clear error, nothing that is recorded lost, and the same end after it is mended."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic import (
+    LAYERS,
+    engine,
+    inline,
+    make_scenarios,
+    make_setting,
+    make_study,
+    run_search,
+)
+
+from aqn_tune.cli.app import main
+from aqn_tune.errors import UserError, storage_error
+from aqn_tune.ledger import Ledger
+from aqn_tune.search.trainable import PackTrainable
+from aqn_tune.study.folder import StudyFolder, study_folder
+from aqn_tune.study.runs import Pack
+from aqn_tune.study.schema import Study
+
+
+def full(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/ledger.jsonl")
+
+
+def chained() -> BaseException:
+    try:
+        try:
+            full()
+        except OSError as error:
+            raise RuntimeError("Ray came to an end") from error
+    except RuntimeError as error:
+        return error
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "", "/a"), "/a: no space is left"),
+        (OSError(errno.ENOSPC, ""), "there: no space is left"),
+        (OSError(errno.EROFS, "", "/a"), "/a: the file system is read-only"),
+        (PermissionError(errno.EACCES, "", "/a"), "/a: permission is denied"),
+        (sqlite3.OperationalError("database or disk is full"), "there: no space is left"),
+        (sqlite3.OperationalError("no such table"), ""),
+        (chained(), "/data/ledger.jsonl: no space is left"),
+        (FileNotFoundError(errno.ENOENT, "", "/a"), ""),
+        (RuntimeError("no space left"), ""),
+        (None, ""),
+    ],
+)
+def test_what_the_user_can_mend(error: BaseException | None, said: str) -> None:
+    found = storage_error(error, "there")
+    assert (found is None) is (not said)
+    assert str(found or "").startswith(said)
+
+
+def inline_search(study: Study) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("aqn_tune.search.runner.execute", inline)
+        run_search(
+            study,
+            make_setting(study),
+            make_scenarios(study),
+            study_folder(study),
+            layer_count=LAYERS,
+            engine=engine(),
+        )
+
+
+def test_a_ledger_that_cannot_grow_ends_the_search_and_goes_on_to_the_same_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of a line is left behind, as a full disk leaves it."""
+    whole = make_study(tmp_path / "whole", search={"configs": 4})
+    inline_search(whole)
+    size = study_folder(whole).ledger.stat().st_size
+    study = make_study(tmp_path / "torn", search={"configs": 4})
+    ledger = study_folder(study).ledger
+    fsync = os.fsync
+    for allowed in (size // 4, size // 2, size - 40):
+
+        def scarce(number: int, allowed: int = allowed) -> None:
+            if ledger.exists() and ledger.stat().st_size > allowed:
+                with ledger.open("rb+") as file:
+                    file.truncate(allowed)
+                full()
+            fsync(number)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("aqn_tune.ledger.ledger.os.fsync", scarce)
+            with pytest.raises(
+                UserError, match=r"ledger\.jsonl: no space is left.*run the study again"
+            ):
+                inline_search(study)
+        assert ledger.stat().st_size == allowed
+    inline_search(study)
+    assert _numbers(study_folder(study)) == _numbers(study_folder(whole))
+
+
+def test_a_worker_that_cannot_write_says_so_and_fails_no_config(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+
+    class Writing(PackTrainable):  # type: ignore[misc]
+        def __init__(self, failure: Callable[[], Any]) -> None:
+            self._pack = Pack.model_construct(name="both-c000")
+            self._advance = failure
+
+    def broken() -> None:
+        raise ValueError("a defect")
+
+    assert Writing(full).step()["user_error"].startswith("/data/ledger.jsonl: no space is left")
+    assert Writing(broken).step()["user_error"] == ""
+    assert study_folder(study).root.exists() is False
+
+
+def test_the_command_line_says_it_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("aqn_tune.cli.app.app", lambda **_: full())
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "study.yaml"])
+    assert ended.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: /data/ledger.jsonl: no space is left")
+    assert "Traceback" not in shown
+    monkeypatch.setattr("aqn_tune.cli.app.app", lambda **_: Path("/no/such/file").stat())
+    with pytest.raises(FileNotFoundError):
+        main(["run", "study.yaml"])
+
+
+# -- a disk that is really full --------------------------------------------------------------------
+
+DRIVER = """
+import sys
+sys.path.insert(0, {tests!r})
+from synthetic import *
+from aqn_tune.errors import UserError
+from aqn_tune.study.folder import study_folder
+study = make_study({out!r}, search={{"configs": 4}})
+try:
+    run_search(study, make_setting(study), make_scenarios(study), study_folder(study),
+               layer_count=LAYERS, engine=engine())
+except UserError as error:
+    print(error)
+    sys.exit(2)
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Mount a file system of 1 MB, where this machine lets tests mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = shutil.which("mount")
+    options = ["-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    if (
+        mount is None
+        or subprocess.run([mount, *options], capture_output=True, check=False).returncode
+    ):
+        pytest.skip("no file system can be mounted here")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_search_and_what_is_there_is_kept(
+    small_disk: Path, tmp_path: Path
+) -> None:
+    filler = small_disk / "filler"
+    filler.write_bytes(b"\0" * (960 << 10))
+    code = DRIVER.format(tests=str(Path(__file__).parent), out=str(small_disk / "runs"))
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (2, ""), ended
+    assert "no space is left on the device" in ended.stdout
+    study = make_study(small_disk / "runs", search={"configs": 4})
+    recorded = Ledger(study_folder(study).ledger).trainings
+    filler.unlink()
+    inline_search(study)
+    after = Ledger(study_folder(study).ledger)
+    assert recorded.keys() <= after.trainings.keys()
+    assert all(
+        after.trainings[key].step_reached >= row.step_reached for key, row in recorded.items()
+    )
+    whole = make_study(tmp_path / "whole", search={"configs": 4})
+    inline_search(whole)
+    assert _numbers(study_folder(study)) == _numbers(study_folder(whole))
+
+
+def _numbers(folder: StudyFolder) -> list[Any]:
+    ledger = Ledger(folder.ledger)
+    # Of a report that was cut off in the middle, the runs that are left go on as a smaller pack.
+    apart = {"seconds", "eval_seconds", "pack_size", "lockstep"}
+    rows = [row.model_dump(exclude=apart) for row in ledger.recorded()]
+    assert len(set(map(str, rows))) == len(rows), "nothing is written twice"
+    return rows
