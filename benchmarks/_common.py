@@ -304,7 +304,8 @@ class Bar(NamedTuple):
 
 def bars(title: str, note: str, groups: Sequence[tuple[str, Sequence[Bar]]]) -> str:
     """Return horizontal bars in groups as SVG; each group has a scale of its own, from zero."""
-    left, width, height = 130, 380, 20
+    longest = max((len(bar.label) for _, own in groups for bar in own), default=0)
+    left, width, height = max(130, 7 * longest + 16), 380, 20
     y = 44
     parts: list[str] = []
     for name, group in groups:
