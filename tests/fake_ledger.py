@@ -327,7 +327,8 @@ def write_fake(
     study = make_study(output, **changes)
     folder = study_folder(study)
     folder.root.mkdir(parents=True)
-    folder.study.write_text(yaml.safe_dump(study.model_dump(mode="json")), encoding="utf-8")
+    text = yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False)
+    folder.study.write_text(text, encoding="utf-8")
     scenarios = resolve_scenarios(study)
     rows: list[LedgerRow] = []
     if search and study.search is not None:

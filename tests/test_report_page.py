@@ -411,6 +411,23 @@ def test_the_curve_shows_every_arm_with_its_seeds(html: str, results: Results) -
     assert len(lines) == arms
 
 
+def test_scenarios_that_are_no_levels_of_a_number_are_not_joined(tmp_path: Path) -> None:
+    """A line from one number format to the next would say that there is something between them."""
+    sweep = {"faults.0.threshold": [0.1, 0.2], "deploy": ["unmerged", "merged"]}
+    results = load_results(write_fake(tmp_path, sweep=sweep).folder)
+    page = render_html(context(results))
+    chart = ElementTree.fromstring(re.findall(r"<svg.*?</svg>", page, flags=re.S)[0])
+    assert not list(chart.iter("polyline"))
+    means = {
+        node.attrib["class"] for node in chart.iter() if "mean" in node.attrib.get("class", "")
+    }
+    assert len(means) == 7
+    left = [
+        float(n.attrib["cx"]) for n in chart.iter("circle") if n.attrib["class"].startswith("seed")
+    ]
+    assert len(set(left)) == 7 * 4, "each arm has a place of its own in each scenario"
+
+
 def test_the_same_ledger_gives_the_same_verdict_file(tmp_path: Path) -> None:
     first = write_fake(tmp_path / "a", **TWO)
     write_report(first.folder)

@@ -21,7 +21,7 @@ from aqn_tune.report.axes import (
 )
 from aqn_tune.report.results import Results
 from aqn_tune.report.scenario_tables import DURING, arm_of, clean_loss, fault_text, sweep_label
-from aqn_tune.report.text import plain, spread
+from aqn_tune.report.text import NONE, plain, spread
 from aqn_tune.study.scenario import During, Scenario
 
 WIDTH, HEIGHT = 620.0, 400.0
@@ -88,7 +88,8 @@ EXACT_MATCH = Quantity("faulty exact match (%)", _match, _match_references, 100.
 def curve_svg(results: Results, during: During, quantity: Quantity) -> str:
     """Return the chart of the scenarios in which the fault acts `during`, empty without numbers.
 
-    Markers are means over seeds with whiskers of one sd, small dots are the seeds.
+    Markers are means over seeds with whiskers of one sd, small dots are the seeds. Lines join an arm's
+    means where the scenarios are levels of one number; number formats, say, have no between.
     """
     pairs = results.evidence_of(during)
     arms = drawn_arms([evidence for _, evidence in pairs])
@@ -102,7 +103,9 @@ def curve_svg(results: Results, during: During, quantity: Quantity) -> str:
         if value is not None
     ]
     y = _upward(values + [value for _, value in references], quantity)
-    places = _places([scenario for scenario, _ in pairs])
+    scenarios = [scenario for scenario, _ in pairs]
+    places, is_level = _places(scenarios), _levels(scenarios) is not None
+    apart = 3.2 if is_level else min(14.0, (WIDTH - LEFT - RIGHT) / len(pairs) / (len(arms) + 1))
     parts = [*_frame(y, quantity), *_below(pairs, places)]
     for number, (label, value) in enumerate(references):
         parts.append(draw.line(LEFT, y(value), WIDTH - RIGHT, y(value), f"reference r{number}"))
@@ -112,8 +115,8 @@ def curve_svg(results: Results, during: During, quantity: Quantity) -> str:
         else:
             parts.append(draw.text(WIDTH - RIGHT - 4, y(value) - 4, label, "small faint", "end"))
     for position, (name, style) in enumerate(arms.items()):
-        shift = (position - (len(arms) - 1) / 2) * 3.2
-        parts += _draw_series(series[name], [x + shift for x in places], y, style)
+        shift = (position - (len(arms) - 1) / 2) * apart
+        parts += _draw_series(series[name], [x + shift for x in places], y, style, is_level)
     parts += _legend(arms)
     title = f"{quantity.label} against the fault level, {DURING[during]}"
     return draw.picture(WIDTH, HEIGHT, title, parts)
@@ -210,8 +213,11 @@ def _below(
         parts.append(draw.dot(x, floor, 4, f"regime {regime}"))
         if x - taken >= 68:
             share = fault_text(evidence, "affected_fraction")
-            parts.append(draw.text(x, floor + 32, share, "small faint", "middle"))
-            parts.append(draw.text(x, floor + 45, regime, f"small {regime}", "middle"))
+            at = floor + 32
+            if share != NONE:
+                parts.append(draw.text(x, at, share, "small faint", "middle"))
+                at += 13
+            parts.append(draw.text(x, at, regime, f"small {regime}", "middle"))
             taken = x
     axis = f"{keys.pop()} (below: values affected, regime)" if numeric else "scenario"
     parts.append(draw.text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 3, axis, "label", "middle"))
@@ -219,7 +225,11 @@ def _below(
 
 
 def _draw_series(
-    points: Sequence[Sequence[float]], places: Sequence[float], y: Scale, style: int
+    points: Sequence[Sequence[float]],
+    places: Sequence[float],
+    y: Scale,
+    style: int,
+    is_joined: bool,
 ) -> list[str]:
     shape, css = look_of(style)
     parts = []
@@ -233,7 +243,7 @@ def _draw_series(
             low, high = max(mean - sd, y.low), min(mean + sd, y.high)
             parts.append(draw.line(x, y(low), x, y(high), f"whisker {css}"))
         means.append((x, y(mean)))
-    if len(means) > 1:
+    if is_joined and len(means) > 1:
         parts.insert(0, draw.path(sorted(means), f"curve {css}"))
     parts += [draw.marker(x, at, 4, shape, f"mean {css}") for x, at in means]
     return parts
