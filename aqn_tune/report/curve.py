@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from aqn_tune.evidence.arms import ArmEvidence
@@ -26,6 +26,8 @@ from aqn_tune.study.scenario import During, Scenario
 
 WIDTH, HEIGHT = 620.0, 400.0
 LEFT, RIGHT, TOP, BOTTOM = 62.0, 14.0, 50.0, 72.0
+LABEL = 170.0
+"""Width of the label of a reference, with some air."""
 STYLES = {"fault_only": 0, "clean": 1, "global": 2, "targeted": 3, "healthy": 4, "random": 5}
 """Colour and marker of the controls, the same in every chart; further arms take the next ones."""
 
@@ -109,8 +111,7 @@ def curve_svg(results: Results, during: During, quantity: Quantity) -> str:
     parts = [*_frame(y, quantity), *_below(pairs, places)]
     for number, (label, value) in enumerate(references):
         parts.append(draw.line(LEFT, y(value), WIDTH - RIGHT, y(value), f"reference r{number}"))
-        # The clean arm's line meets the curves on the left, where the fault is mild.
-        if number == 0:
+        if _room(series, places, y, value, LEFT) >= _room(series, places, y, value, WIDTH - RIGHT):
             parts.append(draw.text(LEFT + 6, y(value) - 4, label, "small faint"))
         else:
             parts.append(draw.text(WIDTH - RIGHT - 4, y(value) - 4, label, "small faint", "end"))
@@ -120,6 +121,19 @@ def curve_svg(results: Results, during: During, quantity: Quantity) -> str:
     parts += _legend(arms)
     title = f"{quantity.label} against the fault level, {DURING[during]}"
     return draw.picture(WIDTH, HEIGHT, title, parts)
+
+
+def _room(
+    series: Mapping[str, Sequence[Sequence[float]]],
+    places: Sequence[float],
+    y: Scale,
+    value: float,
+    end: float,
+) -> float:
+    """Return how far from a reference the marks stay along a label that is written from one end."""
+    near = [at for at, x in enumerate(places) if abs(x - end) <= LABEL]
+    marks = (v for points in series.values() for at in near for v in points[at])
+    return min((abs(y(v) - y(value)) for v in marks), default=math.inf)
 
 
 def drawn_arms(scenarios: Sequence[ScenarioEvidence]) -> dict[str, int]:
