@@ -415,6 +415,7 @@ def test_plan_as_json_and_as_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("COLUMNS", raising=False)  # in a narrow table sentences are broken up
     fault = "{kind: dead_zone, layers: all, threshold: 0.2}"
     Path("demo.yaml").write_text(f"study: demo\nscenario: {{faults: [{fault}]}}\n")
     assert call(["plan", "demo.yaml", "--json"]) == 0
