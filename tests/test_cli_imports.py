@@ -48,6 +48,7 @@ def run(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         ["list", "targeting"],
         ["list", "schedules"],
         ["inspect", "--help"],
+        ["cluster", "check", "--help"],
     ],
 )
 def test_light_commands_load_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:

@@ -49,6 +49,14 @@ FORBIDDEN = {
         "aqn_tune.injection",
         "aqn_tune.cli",
     },
+    "cluster": {
+        "torch",
+        "transformers",
+        "peft",
+        "aqn_tune.training",
+        "aqn_tune.injection",
+        "aqn_tune.cli",
+    },
     "evidence": {
         "torch",
         "transformers",

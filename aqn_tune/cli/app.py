@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from aqn_tune import __version__
-from aqn_tune.cli import inspect, listing, plan, report, rerun, resume, run, status, train
+from aqn_tune.cli import cluster, inspect, listing, plan, report, rerun, resume, run, status, train
 from aqn_tune.errors import Interrupted, UserError, storage_error
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ for name, function in (
 ):
     app.command(name)(function)
 app.add_typer(listing.app, name="list")
+app.add_typer(cluster.app, name="cluster")
 
 
 def _version(wanted: bool) -> None:

@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from aqn_tune.errors import UserError
 from aqn_tune.study.schema import ComputeSpec
@@ -87,10 +86,13 @@ def _set_quiet() -> None:
 
 def _join(address: str) -> None:
     import ray
+    from ray._private.authentication.authentication_token_setup import (
+        maybe_enable_token_auth_if_token_available,
+    )
 
-    # An explicit address is joined without the token that `ray start` made, unless told to use it.
-    if "RAY_AUTH_MODE" not in os.environ and (Path.home() / ".ray" / "auth_token").exists():
-        os.environ["RAY_AUTH_MODE"] = "token"
+    # An explicit address is joined without the token that `ray start` made, unless told to use it, and
+    # RAY_AUTH_MODE alone comes too late: Ray has read it when it was imported.
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
         ray.init(
             address=address,

@@ -21,15 +21,25 @@ def code_hash() -> str:
     It covers every Python file of the installed package with its place in it, the releases of Python
     and of the `LIBRARIES`, and the type of processor.
     """
+    digest = _sources()
+    releases = [f"{name} {version(name)}" for name in LIBRARIES]
+    surroundings = [*releases, platform.python_version(), platform.machine()]
+    digest.update("\0".join(surroundings).encode())
+    return digest.hexdigest()[:16]
+
+
+def source_hash() -> str:
+    """Return a 16-digit hash of every Python file of the installed package, with its place in it."""
+    return _sources().hexdigest()[:16]
+
+
+def _sources() -> hashlib._Hash:
     root = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0")
         digest.update(hashlib.sha256(path.read_bytes()).digest())
-    releases = [f"{name} {version(name)}" for name in LIBRARIES]
-    surroundings = [*releases, platform.python_version(), platform.machine()]
-    digest.update("\0".join(surroundings).encode())
-    return digest.hexdigest()[:16]
+    return digest
 
 
 @lru_cache(maxsize=1)

@@ -14,6 +14,7 @@ from aqn_tune.models.spec import ModelSpec
 from aqn_tune.search.cluster import worker_count
 from aqn_tune.study.checks import check_study
 from aqn_tune.study.messages import as_user_error, located
+from aqn_tune.study.resources import count_parameters, gpu_share
 from aqn_tune.study.runs import Setting
 from aqn_tune.study.schema import ComputeSpec, Study
 from aqn_tune.study.source import Source, apply_override, dotted, read_source
@@ -40,12 +41,15 @@ def load_study(path: Path | str, overrides: Sequence[str] = ()) -> Study:
     source = _with_space(read_source(file), file)
     for override in overrides:
         source = _with_space(apply_override(source, override), file)
-    source = _with_kinds(source)
+    declared = _with_kinds(source)
+    source = _without_auto(declared)
     try:
         study = Study.model_validate(source.data)
     except ValidationError as error:
         raise as_user_error(error, Study, source) from None
     try:
+        if source is not declared:
+            study = _with_share(study)
         check_study(study, resolve_scenarios(study), layer_count(study.model))
     except UserError as error:
         raise located(source, str(error)) from None
@@ -88,19 +92,30 @@ def layer_count(model: ModelSpec) -> int:
     return found[0]
 
 
+def parameter_count(model: ModelSpec) -> int | None:
+    """Return about how many parameters a model has; None where its config.json does not say.
+
+    See `aqn_tune.study.resources.count_parameters`. Raises UserError as `layer_count` does.
+    """
+    return count_parameters(_config(_config_file(model)))
+
+
 def model_widths(model: ModelSpec) -> tuple[int, ...]:
     """Return the features between and inside the layers of a model, as its config.json names them."""
     return _config_numbers(model, "hidden_size", "n_embd", "intermediate_size", "n_inner")
 
 
 def _config_numbers(model: ModelSpec, *names: str) -> tuple[int, ...]:
-    file = _config_file(model)
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path: cannot read {file}: {error}") from None
+    config = _config(_config_file(model))
     parts = (config, config.get("text_config") or {})
     return tuple(int(p[name]) for p in parts for name in names if isinstance(p.get(name), int))
+
+
+def _config(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: cannot read {file}: {error}") from None
 
 
 def _config_file(model: ModelSpec) -> Path:
@@ -143,6 +158,28 @@ def _with_space(source: Source, file: Path) -> Source:
     data = {**source.data, "search": {**source.data["search"], "space": space.data}}
     inner = {("search", "space", *key): place for key, place in space.places.items()}
     return Source(data, {**source.places, **inner})
+
+
+def _without_auto(source: Source) -> Source:
+    """Put a number in the place of `compute.gpus_per_worker: auto` until the study is known."""
+    compute = source.data.get("compute")
+    if not isinstance(compute, dict) or compute.get("gpus_per_worker") != "auto":
+        return source
+    data = {**source.data, "compute": {**compute, "gpus_per_worker": 1.0}}
+    return Source(data, source.places)
+
+
+def _with_share(study: Study) -> Study:
+    """Return the study with the GPUs that `auto` stands for, so that who reads it meets a number."""
+    parameters = parameter_count(study.model)
+    if parameters is None:
+        raise UserError(
+            f"compute.gpus_per_worker: got 'auto', but {_config_file(study.model)} does not say how "
+            "large the model is; write a number"
+        )
+    share = gpu_share(study.training.method, parameters)
+    compute = study.compute.model_copy(update={"gpus_per_worker": share})
+    return study.model_copy(update={"compute": compute})
 
 
 def _with_kinds(source: Source) -> Source:

@@ -115,7 +115,8 @@ class ComputeSpec(Spec):
         0.0,
         ge=0,
         description="GPUs that Ray reserves per trial, which then trains there: with other random draws, "
-        "and in a folder of its own.",
+        "and in a folder of its own. In YAML also auto: a share of one for LoRA on a small model, a whole "
+        "one for full fine-tuning.",
     )
     address: str | None = Field(
         None, description="Ray cluster to join; null starts Ray on this machine."

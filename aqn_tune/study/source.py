@@ -80,15 +80,19 @@ def read_source(path: Path) -> Source:
     Raises UserError for a file that cannot be read, is no YAML, is not a mapping, or names a key
     twice (YAML would keep the last one in silence).
     """
+    return parse_source(read_text(path), str(path))
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file. Raises UserError where there is none, or nothing to be read."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file{_neighbour(path)}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file in UTF-8 ({error.reason})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    return parse_source(text, str(path))
 
 
 def parse_source(text: str, file: str) -> Source:
