@@ -148,8 +148,8 @@ def test_scenarios_of_the_same_trainings_share_a_figure(results: Results) -> Non
     titles = [section.title for section in mechanism_sections(results)]
     assert titles == [
         "threshold 0.1, fault in training and at deployment (confirm seeds)",
-        "threshold 0.5, fault in training and at deployment (confirm seeds)",
         "threshold 0.1; threshold 0.5, fault at deployment only (confirm seeds)",
+        "threshold 0.5, fault in training and at deployment (confirm seeds)",
     ]
 
 
