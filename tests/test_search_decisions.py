@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from aqn_tune.search.asha import ScenarioASHA
 from aqn_tune.search.history import ConfigRecord, History
 from aqn_tune.search.ranking import finalists
 from aqn_tune.search.rungs import rung_steps
-from aqn_tune.search.suggest import build_study, propose
+from aqn_tune.search.suggest import Proposer, build_study
 from aqn_tune.study.cells import stage_cells
 from aqn_tune.study.folder import study_folder
 from aqn_tune.study.schema import SearchSpec
@@ -54,14 +55,18 @@ def test_rungs_are_increasing_steps_that_end_at_the_last(
     assert rung_steps(search, steps) == expected
 
 
+def _proposer(scenario: str = "s", seed: int = 1) -> Proposer:
+    return Proposer(SPACE_SPEC, study_seed=seed, scenario=scenario, startup_configs=3)
+
+
 def _ask(history: list[ConfigRecord], scenario: str = "s", seed: int = 1) -> dict[str, object]:
-    return dict(propose(SPACE_SPEC, history, study_seed=seed, scenario=scenario, startup_configs=3))
+    return dict(_proposer(scenario, seed).propose(history))
 
 
 def _history(count: int) -> list[ConfigRecord]:
     records: list[ConfigRecord] = []
     for number in range(count):
-        params = propose(SPACE_SPEC, records, study_seed=1, scenario="s", startup_configs=3)
+        params = _proposer().propose(records)
         value = float(params["sigma_start"])
         records.append(ConfigRecord(f"c{number:03d}", number, params, [value, value], "finished"))
     return records
@@ -84,6 +89,57 @@ def test_a_proposal_depends_on_history_and_number_alone() -> None:
         for r in history
     ]
     assert _ask(reversed_values) != first
+
+
+def _told(proposer: Proposer) -> list[tuple[object, ...]]:
+    return [
+        (t.state, t.value, t.params, t.distributions, t.intermediate_values)
+        for t in proposer._study.trials
+    ]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_study_kept_between_proposals_proposes_as_one_built_anew(seed: int) -> None:
+    """Configs in parallel that reach rungs, stop, fail and finish in any order."""
+    chance = random.Random(seed)
+    kept = _proposer()
+    history: list[ConfigRecord] = []
+    for number in range(40):
+        if chance.random() < 0.1:
+            kept = _proposer()  # a restart
+        anew, study = _proposer(), kept._study
+        params = kept.propose(history)
+        assert kept._study is study, "nothing was built again"
+        assert params == anew.propose(history)
+        assert _told(kept) == _told(anew)
+        if chance.random() < 0.1:
+            assert kept.propose(history) == params, "a proposal that was not taken up"
+            assert kept._study is not study
+        history.append(ConfigRecord(f"c{number:03d}", number, params))
+        running = [record for record in history if record.status == "running"]
+        for record in chance.sample(running, chance.randint(0, len(running))):
+            record.values.append(None if chance.random() < 0.1 else chance.random())
+            if record.values[-1] is None:
+                record.status = "failed"
+            elif len(record.values) == 3:
+                record.status = "finished"
+            elif chance.random() < 0.3:
+                record.status = "stopped"
+    assert {record.status for record in history} >= {"finished", "stopped", "failed", "running"}
+
+
+def test_another_history_is_followed_from_its_start() -> None:
+    history = _history(8)
+    kept = _proposer()
+    kept.propose(history)
+    for changed in (
+        history[:5],
+        [replace(r, values=[1.0 - (v or 0) for v in r.values]) for r in history],
+        [replace(r, status="stopped") for r in history],
+        [replace(r, params=history[0].params) for r in history],
+        history,
+    ):
+        assert kept.propose(changed) == _proposer().propose(changed)
 
 
 def test_proposals_are_valid_points_and_raise_no_warning() -> None:

@@ -15,7 +15,7 @@ from aqn_tune.search.record import Recorder
 from aqn_tune.search.rungs import rung_steps
 from aqn_tune.search.shelf import Shelf
 from aqn_tune.search.state import drop_state, state_path
-from aqn_tune.search.suggest import propose
+from aqn_tune.search.suggest import Proposer
 from aqn_tune.search.work import Best, FixedPacks, Tally
 from aqn_tune.study.cells import Cell, config_cells
 from aqn_tune.study.engine import RungReport
@@ -75,6 +75,7 @@ class SearchWork:
             reduction_factor=study.search.reduction_factor,
         )
         self._open: dict[str, _Open] = {}
+        self._proposers: dict[str, Proposer] = {}
         self._resumed: deque[tuple[str, ConfigRecord]] = deque()
         self._replay()
 
@@ -136,13 +137,7 @@ class SearchWork:
         """Propose a config and record it; None when it cannot exist in the scenario."""
         history = self.history.records(scenario)
         number = len(history)
-        params = propose(
-            self._spec.space,
-            history,
-            study_seed=self._study.seed,
-            scenario=scenario,
-            startup_configs=self._spec.startup_configs,
-        )
+        params = self._proposer(scenario).propose(history)
         # A point that reads badly is a fault of the space and ends the search; one that only this
         # scenario cannot have (healthy where every layer is faulty) is a failed config.
         arm_of(params)
@@ -159,6 +154,16 @@ class SearchWork:
         self._decide(asked)
         self._recorder.cells(cells)
         return self._opened(scenario, self.history.record(scenario, config))
+
+    def _proposer(self, scenario: str) -> Proposer:
+        if scenario not in self._proposers:
+            self._proposers[scenario] = Proposer(
+                self._spec.space,
+                study_seed=self._study.seed,
+                scenario=scenario,
+                startup_configs=self._spec.startup_configs,
+            )
+        return self._proposers[scenario]
 
     def _cells(self, scenario: str, config: str, params: Params) -> tuple[Cell, ...]:
         return config_cells(
