@@ -64,7 +64,8 @@ class Behaviour(NamedTuple):
     nan_above: float = math.inf
     """Runs whose first sigma lies above it diverge in their first steps."""
     die_at: int = -1
-    """The worker is killed at this step; once, when `flag` names a file that is made then."""
+    """The worker is killed at this step; once, when `flag` names a file that is made then, or once for
+    every pack, when it names a folder."""
     die_in: str = ""
     """Only packs whose name starts with it kill their worker."""
     raise_in: str = "-"
@@ -181,9 +182,11 @@ class Synthetic:
         if behave.die_at != step or not self.pack.name.startswith(behave.die_in):
             return
         if behave.flag:
-            if Path(behave.flag).exists():
+            flag = Path(behave.flag)
+            flag = flag / self.pack.name if flag.is_dir() else flag
+            if flag.exists():
                 return
-            Path(behave.flag).touch()
+            flag.touch()
         os.kill(os.getpid(), 9)
 
     def _export(self, key: str) -> str:

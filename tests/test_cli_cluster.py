@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import socket
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import pytest
 import yaml
+from ray_head import free_port, started_head
 from synthetic import ray_two
 
 from aqn_tune.cli.app import main
@@ -504,43 +499,8 @@ def test_a_cluster_is_joined_with_the_token_though_ray_has_been_imported(
 @pytest.fixture
 def head_with_token(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Start a head as the shipped files do; yield its address, and an environment with its token alone."""
-    (tmp_path / ".ray").mkdir()
-    (tmp_path / ".ray" / "auth_token").write_text("a" * 64)
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    environment |= {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    # Ray keeps sockets there, whose paths have to be short.
-    folder = tempfile.mkdtemp(prefix="aqn", dir="/tmp")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = (
-        f"{Path(sys.executable).with_name('ray')} start --head --num-cpus=0 --num-gpus=0 --port={port} "
-        f"--temp-dir={folder} --dashboard-host=127.0.0.1 --disable-usage-stats --block"
-    )
-    log = tmp_path / "head.log"
-    with log.open("w") as out:
-        head = subprocess.Popen(
-            command.split(),
-            env={**environment, "RAY_AUTH_MODE": "token"},
-            stdout=out,
-            stderr=out,
-        )
-    try:
-        until = time.monotonic() + 90
-        while "Ray runtime started" not in log.read_text():
-            assert head.poll() is None, log.read_text()
-            assert time.monotonic() < until, log.read_text()
-            time.sleep(0.2)
-        yield f"127.0.0.1:{port}", environment
-    finally:
-        mine = psutil.Process(head.pid)
-        family = [mine, *mine.children(recursive=True)]
-        head.terminate()
-        _, left = psutil.wait_procs(family, timeout=20)
-        for one in left:
-            one.kill()
-        head.wait()
-        shutil.rmtree(folder, ignore_errors=True)
+    with started_head(tmp_path, free_port()) as head:
+        yield head.address, head.environment
 
 
 @pytest.mark.slow

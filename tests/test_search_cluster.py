@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -41,6 +42,25 @@ def test_worker_count(
     assert worker_count(spec) == workers
     if cpus is not None:
         assert _local_cpus(spec) == cpus
+
+
+def test_a_cluster_without_a_core_wants_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One trial at a time, which `auto` would come to, never makes a cluster grow."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 1e9})
+    with pytest.raises(UserError, match=r"compute\.workers: got auto, but .* has no CPUs"):
+        worker_count(ComputeSpec(address="somewhere"))
+    assert worker_count(ComputeSpec(address="somewhere", workers=5)) == 5
+
+
+def test_what_ray_says_of_its_nodes_is_logged_and_not_printed(
+    ray_two: None, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    said = {"lines": ["The node with node id: f00 has been marked dead"], "pid": "raylet"}
+    with caplog.at_level(logging.INFO):
+        ray._private.worker.print_to_stdstream({**said, "is_err": False}, ignore_prefix=False)
+    assert capfd.readouterr() == ("", "")
+    assert caplog.messages == ["(raylet) The node with node id: f00 has been marked dead"]
 
 
 def test_workers_have_one_thread_each(ray_two: None) -> None:

@@ -180,6 +180,23 @@ def test_a_worker_that_dies_once_costs_no_number(serial: Serial, tmp_path: Path)
     assert len({line.split()[2] for line in log.read_text().splitlines()}) == 2
 
 
+@pytest.mark.slow
+def test_ten_workers_that_die_cost_no_number(serial: Serial, tmp_path: Path) -> None:
+    """Every pack that comes to its second rung loses its worker there, and goes on from its first."""
+    study, folder, *_ = serial
+    again = study.model_copy(update={"output": str(tmp_path / "out")})
+    log, flags = tmp_path / "log", tmp_path / "flags"
+    flags.mkdir()
+    search(again, Behaviour(late=2.0, die_at=10, flag=str(flags), log=str(log)))
+    died = {flag.name for flag in flags.iterdir()}
+    assert len(died) >= 10
+    assert picture(again, study_folder(again)) == picture(study, folder)
+    lines = [line.split() for line in log.read_text().splitlines()]
+    assert len({(pack, step) for pack, step, _ in lines}) == len(lines)
+    workers = {pack: {pid for name, _, pid in lines if name == pack} for pack, *_ in lines}
+    assert {pack for pack, pids in workers.items() if len(pids) == 2} == died
+
+
 def test_a_worker_that_keeps_dying_fails_its_config_only(ray_two: None, tmp_path: Path) -> None:
     study = make_study(tmp_path, search=SMALL, compute={"workers": 1, "max_failures": 1})
     name = f"{make_scenarios(study)[0].name}-c001"

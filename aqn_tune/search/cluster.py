@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from aqn_tune.errors import UserError
 from aqn_tune.study.schema import ComputeSpec
+
+_LOG = logging.getLogger(__name__)
 
 _ONE_THREAD = dict.fromkeys(
     ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1"
@@ -55,6 +58,8 @@ def ray_session(compute: ComputeSpec) -> Iterator[None]:
         return
     for name in ("ray", "ray.tune", "ray.train", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    # Ray prints what happens to its nodes to the driver's stdout, which belongs to results.
+    ray._private.worker.print_to_stdstream = _log_line
     if compute.address is None:
         ray.init(
             num_cpus=_local_cpus(compute),
@@ -77,6 +82,12 @@ def ray_session(compute: ComputeSpec) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _log_line(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+    """Stand in for Ray's `print_to_stdstream`: to the log of this module."""
+    for line in data["lines"]:
+        _LOG.info("(%s) %s", data.get("pid"), line)
 
 
 def _set_quiet() -> None:
@@ -113,11 +124,18 @@ def worker_count(compute: ComputeSpec) -> int:
     """Return how many trials run at a time; `auto` is one per `cpus_per_worker` cores available.
 
     Without an address the cores are those of this machine that the process may use. With one, and
-    wherever trials take GPUs, Ray has to be running: it knows what there is.
+    wherever trials take GPUs, Ray has to be running: it knows what there is. Raises UserError for `auto`
+    on a cluster without a core: one trial at a time would never make it grow.
     """
     if compute.workers != "auto":
         return max(1, compute.workers)
-    slots = _cores(compute) / compute.cpus_per_worker
+    cores = _cores(compute)
+    if not cores:
+        raise UserError(
+            f"compute.workers: got auto, but the cluster at {compute.address!r} has no CPUs at the moment; "
+            "if it grows with the work, say how far: most nodes times trials per node"
+        )
+    slots = cores / compute.cpus_per_worker
     if compute.gpus_per_worker:
         slots = min(slots, _in_cluster("GPU") / compute.gpus_per_worker)
     return max(1, int(slots))
