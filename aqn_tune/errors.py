@@ -43,11 +43,20 @@ _STORAGE = {
 }
 
 
+_SQLITE = {
+    "disk is full": errno.ENOSPC,
+    "disk I/O error": errno.EIO,
+    "readonly database": errno.EROFS,
+    "unable to open database file": errno.EACCES,
+}
+"""What SQLite says of its own, without a number of the system."""
+
+
 def storage_error(error: BaseException | None, where: object = "") -> UserError | None:
     """Return what a failed write means to the user; None for an error that has nothing to do with storage.
 
-    The causes of `error` are looked through as well. What was recorded before is on disk, so that the
-    study continues where it was once the storage is mended.
+    What `error` passes on is looked through as well, see `_passed_on`. What was recorded before is on disk,
+    so that the study continues where it was once the storage is mended.
 
     Args:
         error: What was raised.
@@ -57,16 +66,29 @@ def storage_error(error: BaseException | None, where: object = "") -> UserError 
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         said = _STORAGE.get(error.errno or 0) if isinstance(error, OSError) else None
-        if isinstance(error, sqlite3.OperationalError) and "disk is full" in str(error):
-            said = _STORAGE[errno.ENOSPC]
+        if isinstance(error, sqlite3.OperationalError):
+            said = next((_STORAGE[n] for text, n in _SQLITE.items() if text in str(error)), None)
         if said is not None:
             place = getattr(error, "filename", None) or where or "the study's folder"
             return UserError(
                 f"{place}: {said}. What was reported before is in the ledger: mend the "
                 "storage and run the study again to continue it"
             )
-        error = error.__cause__ or error.__context__
+        error = _passed_on(error)
     return None
+
+
+def _passed_on(error: BaseException) -> BaseException | None:
+    """Return the error that `error` tells of; None where it only happened after one.
+
+    That is its cause. Without one it is what was being handled: for an OSError, which may come of
+    clearing up, and for an error that quotes it, as those of Ray do. Any other is a defect of the handler.
+    """
+    before = error.__context__
+    if error.__cause__ is not None or before is None or error.__suppress_context__:
+        return error.__cause__
+    quoted = bool(str(before)) and str(before) in str(error)
+    return before if quoted or isinstance(error, OSError) else None
 
 
 def nearest(got: str, allowed: Iterable[str]) -> str:

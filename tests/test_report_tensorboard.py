@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fake_ledger import CONFIGS, STEPS, Fake, confirm_rows, make_study, write_fake
 
@@ -430,6 +432,23 @@ class Server:
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
+    def get(self, route: str) -> Any:
+        """Return the answer to a question without a body, once TensorBoard has loaded what it is about."""
+        for _ in range(240):
+            if self.process.poll() is not None:
+                raise RuntimeError(f"TensorBoard ended with {self.process.returncode}")
+            try:
+                with urllib.request.urlopen(
+                    f"{self.url}/data/plugin/{route}", timeout=20
+                ) as answer:
+                    found = json.load(answer)
+                if found:
+                    return found
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                pass
+            time.sleep(0.25)
+        raise RuntimeError(f"TensorBoard has nothing at {route}")
+
     def post(self, route: str, body: dict[str, Any]) -> Any:
         request = urllib.request.Request(
             f"{self.url}/data/plugin/hparams/{route}",
@@ -521,3 +540,48 @@ def test_tensorboard_lists_every_config_with_the_right_columns(server: Server) -
     }
     assert metrics["final/loss_faulty"] == pytest.approx(0.65, abs=0.05)
     assert metrics["step_reached"] == STEPS
+
+
+# -- custom scalars --------------------------------------------------------------------------------
+
+
+def test_the_charts_of_a_scenario_have_a_line_per_arm_with_its_interval(
+    fake: Fake, curves: Curves
+) -> None:
+    from scipy.stats import t
+
+    for arm in ("clean", "fault_only", "targeted"):
+        found = curves[f"by_arm/{arm}"]
+        tag = "confirm/both-threshold0.1/loss_faulty"
+        mean = curves[f"confirm/both-threshold0.1/{arm}/mean"]["loss/faulty"]
+        assert found[tag] == mean
+        seeds = [
+            curves[f"confirm/both-threshold0.1/{arm}/s{number}"]["loss/faulty"][-1][1]
+            for number in range(fake.study.confirm.replicates)
+        ]
+        low, high = t.interval(
+            0.95, len(seeds) - 1, np.mean(seeds), np.std(seeds, ddof=1) / len(seeds) ** 0.5
+        )
+        assert found[f"{tag}_low"][-1][1] == pytest.approx(low, rel=1e-5)
+        assert found[f"{tag}_high"][-1][1] == pytest.approx(high, rel=1e-5)
+    # A seed of it failed: no mean, and no interval over the others.
+    failed = curves["by_arm/targeted"]
+    assert not [tag for tag in failed if tag.startswith("confirm/both-threshold0.5")]
+
+
+@pytest.mark.slow
+def test_tensorboard_lays_the_charts_out_by_scenario(server: Server, curves: Curves) -> None:
+    layout = server.get("custom_scalars/layout")
+    assert [section["title"] for section in layout["category"]] == [
+        f"{stage}: both-threshold{level}" for stage in ("confirm", "search") for level in (0.1, 0.5)
+    ]
+    assert [bool(section.get("closed")) for section in layout["category"]] == [False, *[True] * 3]
+    tags = {tag for run, found in curves.items() if run.startswith("by_arm/") for tag in found}
+    for section in layout["category"]:
+        *lines, band = section["chart"]
+        assert len(lines) == 3
+        for chart in lines:
+            (pattern,) = chart["multiline"]["tag"]
+            assert any(re.fullmatch(pattern, tag) for tag in tags), pattern
+        (series,) = band["margin"]["series"]
+        assert {series["value"], series["lower"], series["upper"]} <= tags

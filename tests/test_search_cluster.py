@@ -12,6 +12,7 @@ from synthetic import ray_two
 
 from aqn_tune.errors import UserError
 from aqn_tune.search.cluster import _local_cpus, ray_session, worker_count
+from aqn_tune.search.trainable import share_of_node
 from aqn_tune.study.schema import ComputeSpec
 
 __all__ = ["ray_two"]
@@ -69,6 +70,14 @@ def test_workers_have_one_thread_each(ray_two: None) -> None:
         return os.environ["OMP_NUM_THREADS"]
 
     assert ray.get(threads.remote()) == "1"
+
+
+def test_a_worker_knows_its_share_of_the_node(ray_two: None) -> None:
+    """Of the CPUs that Ray hands out there, however many the operating system shows."""
+    share = ray.remote(share_of_node)
+    assert ray.get(share.remote()) == 0.5
+    assert ray.get(share.options(num_cpus=2).remote()) == 1.0
+    assert ray.get(share.options(num_cpus=0).remote()) is None
 
 
 def test_a_session_inside_another_is_the_same(ray_two: None) -> None:

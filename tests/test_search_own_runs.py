@@ -408,7 +408,7 @@ def test_a_confirm_run_of_its_own_that_broke_off_is_a_gap_until_it_was_tried_aga
     broken = [row for row in ledger.own_trainings.values() if row.error]
     assert broken
     assert {row.pack for row in broken} == {last}
-    assert all(ledger.trainings[row.training_key].status == "finished" for row in broken)
+    assert any(ledger.trainings[row.training_key].status == "finished" for row in broken)
     gaps = load_results(study_folder(again)).gaps
     assert any("train for themselves (--no-reuse) broke off" in gap for gap in gaps)
     ledger, packs = run(again, "confirm")
@@ -416,6 +416,43 @@ def test_a_confirm_run_of_its_own_that_broke_off_is_a_gap_until_it_was_tried_aga
     assert not any(row.error for row in ledger.own_trainings.values())
     gaps = load_results(study_folder(again)).gaps
     assert not any("--no-reuse" in gap for gap in gaps)
+
+
+def test_a_run_that_broke_off_before_another_cell_finished_the_same_is_still_a_gap(
+    tmp_path: Path,
+) -> None:
+    """The original bug: its row was replaced by that of the other cell, and it passed as done."""
+    changes: dict[str, Any] = {"sweep": {"during": ["both", "eval"]}}
+    study = study_of(tmp_path / "quiet", reuse=False, **changes)
+    _, packs = run(study, "search confirm")
+    first = next(pack.name for pack in packs if pack.stage == "confirm" and pack.rungs != (0,))
+    again = study_of(tmp_path / "again", reuse=False, **changes)
+    ledger, _ = run(again, "search confirm", how=inline_packs(breaks=first))
+    broken = [row for row in ledger.own_trainings.values() if row.error]
+    finished = [row for row in broken if ledger.trainings[row.training_key].status == "finished"]
+    assert finished, "another cell has trained the same"
+    assert load_results(study_folder(again)).gaps
+    ledger, packs = run(again, "confirm")
+    assert [pack.name for pack in packs] == [first]
+    assert not any(row.error for row in ledger.own_trainings.values())
+    assert not load_results(study_folder(again)).gaps
+
+
+def test_a_run_of_its_own_that_broke_off_is_no_gap_where_runs_are_shared_again(
+    tmp_path: Path,
+) -> None:
+    """The original bug: nothing was queued for it any more, and every run ended without verdicts."""
+    changes: dict[str, Any] = {"sweep": {"during": ["both", "eval"]}}
+    study = study_of(tmp_path, reuse=False, **changes)
+    _, packs = run(study, "search confirm")
+    last = [pack.name for pack in packs if pack.stage == "confirm"][-1]
+    again = study_of(tmp_path / "again", reuse=False, **changes)
+    run(again, "search confirm", how=inline_packs(breaks=last))
+    assert load_results(study_folder(again)).gaps
+    shared = study_of(tmp_path / "again", reuse=True, **changes)
+    write_study(shared, study_folder(shared))
+    run(shared, "confirm")
+    assert not load_results(study_folder(shared)).gaps
 
 
 def test_the_confirmation_trains_every_cell_and_comes_to_the_same(tmp_path: Path) -> None:

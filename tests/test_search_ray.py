@@ -18,13 +18,13 @@ from synthetic import (
     LAYERS,
     USUAL,
     Behaviour,
-    engine,
     make_scenarios,
     make_setting,
     make_study,
     ray_two,
     search_inline,
 )
+from synthetic import engine as synthetic_engine
 from test_search_resume import picture, work_of
 
 from aqn_tune.errors import Interrupted, UserError
@@ -32,6 +32,7 @@ from aqn_tune.ledger import Ledger
 from aqn_tune.search.progress import Progress
 from aqn_tune.search.record import broke_off
 from aqn_tune.search.runner import run_search
+from aqn_tune.study.engine import Engine
 from aqn_tune.study.folder import StudyFolder, study_folder
 from aqn_tune.study.schema import Study
 
@@ -43,9 +44,11 @@ SMALL: dict[str, Any] = {"configs": 4, "rungs": (0.25, 1.0)}
 def search(
     study: Study,
     behaviour: Behaviour = USUAL,
+    *,
+    engine: Engine | None = None,
     **more: Any,
 ) -> tuple[StudyFolder, Ledger]:
-    """Run a search under Ray."""
+    """Run a search under Ray, with the synthetic engine or another one."""
     folder = study_folder(study)
     run_search(
         study,
@@ -53,7 +56,7 @@ def search(
         make_scenarios(study),
         folder,
         layer_count=LAYERS,
-        engine=engine(behaviour),
+        engine=engine or synthetic_engine(behaviour),
         **more,
     )
     return folder, Ledger(folder.ledger)
@@ -252,16 +255,9 @@ def test_rows_that_cannot_be_loaded_end_the_search_before_its_first_trial(
 
     study = make_study(tmp_path, search=SMALL)
     folder, opened = study_folder(study), tmp_path / "log"
-    made = engine(Behaviour(log=str(opened)))._replace(load_splits=refuse)
+    made = synthetic_engine(Behaviour(log=str(opened)))._replace(load_splits=refuse)
     with pytest.raises(UserError, match=r"^row 3 needs 70 tokens$"):
-        run_search(
-            study,
-            make_setting(study),
-            make_scenarios(study),
-            folder,
-            layer_count=LAYERS,
-            engine=made,
-        )
+        search(study, engine=made)
     ledger = Ledger(folder.ledger)
     assert not ledger.trainings
     assert not ledger.search
@@ -270,16 +266,9 @@ def test_rows_that_cannot_be_loaded_end_the_search_before_its_first_trial(
 
 def test_an_engine_that_no_worker_can_load_ends_the_search(ray_two: None, tmp_path: Path) -> None:
     study = make_study(tmp_path, search=SMALL, compute={"workers": 1, "max_failures": 0})
-    made = engine()._replace(open_pack=_Unloadable())
+    made = synthetic_engine()._replace(open_pack=_Unloadable())
     with pytest.raises(RuntimeError, match="a worker cannot start"):
-        run_search(
-            study,
-            make_setting(study),
-            make_scenarios(study),
-            study_folder(study),
-            layer_count=LAYERS,
-            engine=made,
-        )
+        search(study, engine=made)
 
 
 class _Unloadable:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import CLEAN, one_pack, save_tiny_model, tiny_setting, tiny_training
 
+from aqn_tune.errors import storage_error
 from aqn_tune.models.load import build_model, load_tokenizer
 from aqn_tune.study.runs import Run
 from aqn_tune.training.data import load_tokens
@@ -61,3 +64,25 @@ def test_export_reproduces_the_recorded_clean_loss(
     data = load_tokens(load_tokenizer(setting.model), setting.task.splits().test, 64)
     assert plain_loss(model.eval(), data) == pytest.approx(report.evaluations[0].loss, abs=1e-5)
     assert (target / "aqn_tune.json").exists()
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_disk_that_does_not_take_the_weights_is_an_error_of_the_storage(
+    folder: Path, tmp_path: Path, method: str
+) -> None:
+    """safetensors has an error of its own: the pack was recorded as broken off, its runs were lost."""
+    setting = tiny_setting(folder)
+    changes = {"method": {"kind": "full"}, "learning_rate": 1e-3} if method == "full" else {}
+    run = Run(training=tiny_training(**changes), seed=2, conditions=(CLEAN,))
+    target = tmp_path / "adapter"
+    pack = one_pack(run, rungs=(6,), export={run.training_key(setting): str(target)})
+    opened = ENGINE.open_pack(pack, setting, ENGINE.load(setting, "test", 64))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+    try:
+        with pytest.raises(OSError, match=re.escape(str(target))) as raised:
+            opened.advance()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = str(storage_error(raised.value))
+    assert said.startswith(f"{target}: the file would be larger than is allowed")

@@ -9,7 +9,20 @@ from typing import Annotated
 import typer
 
 from aqn_tune import __version__
-from aqn_tune.cli import cluster, inspect, listing, plan, report, rerun, resume, run, status, train
+from aqn_tune.cli import (
+    cluster,
+    compare,
+    export,
+    inspect,
+    listing,
+    plan,
+    report,
+    rerun,
+    resume,
+    run,
+    status,
+    train,
+)
 from aqn_tune.errors import Interrupted, UserError, storage_error
 
 app = typer.Typer(
@@ -29,6 +42,8 @@ for name, function in (
     ("resume", resume.command),
     ("status", status.command),
     ("report", report.command),
+    ("compare", compare.command),
+    ("export", export.command),
     ("rerun", rerun.command),
     ("train", train.command),
 ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -22,8 +23,15 @@ StudyOrNot = Annotated[
     ),
 ]
 File = Annotated[
-    Path, typer.Option("--file", "-f", help="File for `ray up`, or manifest of a KubeRay RayJob.")
+    Path | None,
+    typer.Option(
+        "--file",
+        "-f",
+        help="File for `ray up`, or manifest of a KubeRay RayJob; by default cluster.yaml. With `--live` "
+        "there need not be one.",
+    ),
 ]
+DEFAULT_FILE = Path("cluster.yaml")
 Live = Annotated[
     bool,
     typer.Option("--live", help="Also join the cluster that runs and look at each of its nodes."),
@@ -38,12 +46,14 @@ def _group() -> None:
 @app.command()
 def check(
     study: StudyOrNot = None,
-    file: File = Path("cluster.yaml"),
+    file: File = None,
     overrides: Overrides = None,
     live: Live = False,
     json: Json = False,
 ) -> None:
     """Say whether a cluster file is in order, a line per rule; nothing is started and no network used.
+
+    A study is checked as the launch line in the file would run it: with its `--set`, then those given here.
 
     With `--live` a small task runs on every node of the cluster that runs at `compute.address` (by default
     the one on this machine): it looks for the output folder, the code, the libraries and the token.
@@ -51,23 +61,25 @@ def check(
     """
     if study is None and overrides:
         raise UserError("--set: it changes a study; name one")
-    loaded = load_study(study, overrides or ()) if study is not None else None
-    found = _look(file, loaded, live)
+    if file is None and (DEFAULT_FILE.exists() or not live):
+        file = DEFAULT_FILE
+    found = _look(file, study, overrides or [], live)
     wrong = sum(one.status == "wrong" for one in found)
     if json:
         lines = [one._asdict() for one in found]
-        print_json({"file": str(file), "ok": not wrong, "findings": lines})
+        print_json({"file": file and str(file), "ok": not wrong, "findings": lines})
     else:
-        _show(file, found, wrong)
+        _show("the cluster" if file is None else str(file), found, wrong)
     if wrong:
         raise typer.Exit(2)
 
 
-def _look(file: Path, study: Study | None, live: bool) -> list[Finding]:
+def _look(file: Path | None, path: Path | None, overrides: list[str], live: bool) -> list[Finding]:
     from aqn_tune.cluster.check import check_file
     from aqn_tune.cluster.document import Checked
 
-    read, found = check_file(file, study)
+    study = _study(path, file, overrides)
+    read, found = check_file(file, study) if file is not None else (None, [])
     if not live:
         return found
     output = Checked(read, study).output if read is not None else None
@@ -80,13 +92,27 @@ def _look(file: Path, study: Study | None, live: bool) -> list[Finding]:
     return [*found, *look_at_nodes(folder, study.compute, model=model)]
 
 
-def _show(file: Path, found: list[Finding], wrong: int) -> None:
+def _study(path: Path | None, file: Path | None, overrides: list[str]) -> Study | None:
+    """Return the study as the launch line in the file runs it; a file that cannot be read has none."""
+    from aqn_tune.cluster.document import launch_overrides, read_cluster_file
+
+    if path is None:
+        return None
+    load_study(path, overrides)  # what is wrong with these two has nothing to do with the file
+    launched: list[str] = []
+    if file is not None:
+        with suppress(UserError):  # the first rule says so
+            launched = launch_overrides(read_cluster_file(file))
+    return load_study(path, [*launched, *overrides])
+
+
+def _show(title: str, found: list[Finding], wrong: int) -> None:
     out = console()
     rows = [
         (one.rule, one.status, f"{one.place}: {one.text}" if one.place else one.text)
         for one in found
     ]
-    out.print(table(str(file), ("rule", "", "what"), rows))
+    out.print(table(title, ("rule", "", "what"), rows))
     rules = len({one.rule for one in found if one.rule != "node"})
     nodes = sum(one.rule == "node" for one in found)
     looked = f"{rules} rules" + (f", {nodes} nodes" if nodes else "")

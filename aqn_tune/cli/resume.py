@@ -53,6 +53,11 @@ def study_of(path: Path, overrides: list[str]) -> Study:
     folder = StudyFolder(path.resolve())
     recorded = load_study_file(folder)
     study = load_study(folder.study, overrides)
+    if study.output != recorded.output:
+        raise UserError(
+            f"--set output={study.output}: {path} is continued where it is; move the folder to have its "
+            "results elsewhere, or leave the option out"
+        )
     study = study.model_copy(update={"output": str(folder.root.parent)})
     changed = differences(recorded, study)
     if changed:

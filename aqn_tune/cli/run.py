@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from aqn_tune.ledger import Ledger
     from aqn_tune.study.engine import Engine
     from aqn_tune.study.runs import Setting
+    from aqn_tune.study.scenario import Scenario
     from aqn_tune.study.schema import Study
     from aqn_tune.tasks.splitting import SplitName
 
@@ -70,7 +72,8 @@ def command(
     (`status` and the report say how many, each row says from where). `--no-reuse` trains a run for
     every cell of an unfinished stage that has not trained its own; `--fresh --no-reuse` trains
     everything. `--fresh` alone may still take runs from other studies. A study may be continued with
-    and without `--pack` and `--no-reuse`: it is the same one, with the same numbers.
+    and without `--pack` and `--no-reuse`: it is the same one, with the same numbers
+    (to rounding, see `--pack`).
 
     Exits with 1 when a training of an arm failed, or when the study ends without verdicts; the
     report is written all the same.
@@ -119,7 +122,20 @@ def run_study(
     folder = study_folder(study)
     if fresh:
         check_rows(study, setting, engine)
-        set_aside(folder.root)
+        check_rounding(study, setting, engine)
+    with _set_aside(folder) if fresh else nullcontext():
+        return _run(study, setting, scenarios, folder, engine=engine, progress=progress)
+
+
+def _run(
+    study: Study,
+    setting: Setting,
+    scenarios: Sequence[Scenario],
+    folder: StudyFolder,
+    *,
+    engine: Engine,
+    progress: ProgressLine,
+) -> Outcome:
     _check_folder(folder, study)
     if not folder.study.exists():
         changed = like_another(study, folder)
@@ -188,8 +204,8 @@ def like_another(study: Study, folder: StudyFolder) -> str:
     for root in sorted(folder.root.parent.glob(f"{study.study}-*")):
         try:
             recorded = load_study_file(StudyFolder(root))
-        except UserError:  # not a study's folder, or one of another version
-            continue
+        except (UserError, OSError, ValueError):
+            continue  # no study's folder, one of another version, or not ours to read
         if recorded.study == study.study:
             others.append((differences(recorded, study), root))
     if not others:
@@ -215,14 +231,17 @@ def check_rounding(study: Study, setting: Setting, engine: Engine) -> None:
     """Raise UserError where runs would be held to a last bit that depends on their packs."""
     from aqn_tune.study.packing import pack_size
 
-    if study.compute.reuse or pack_size(study) == 1:
+    size = pack_size(study)
+    if study.compute.reuse or engine.rounds_alike(setting, study.training, size):
         return
-    if not engine.rounds_alike(setting, study.training):
-        raise UserError(
-            "compute.reuse: got false (--no-reuse), which holds every run to the last bit of the recorded "
-            "one; but here (GPU, compiled layers, or a processor that adds up in another order in other "
-            "shapes) that bit depends on what shares a pack: add --pack 1"
-        )
+    way_out = "leave it out"
+    if size > 1 and engine.rounds_alike(setting, study.training, 1):
+        way_out = "add --pack 1"
+    raise UserError(
+        "compute.reuse: got false (--no-reuse), which holds every run to the last bit of the recorded "
+        "one; but here (GPU, compiled layers, or a processor that adds up in another order in other "
+        f"shapes) that bit depends on what shares a forward pass: {way_out}"
+    )
 
 
 def check_last_start(folder: StudyFolder) -> None:
@@ -263,6 +282,19 @@ def count_failures(folder: StudyFolder, ledger: Ledger) -> Outcome:
         failed_configs=len(failed - arms),
         gaps=load_results(folder).gaps,
     )
+
+
+@contextmanager
+def _set_aside(folder: StudyFolder) -> Iterator[None]:
+    """Have a study's folder out of the way; back in its place where what follows has begun no other."""
+    aside = set_aside(folder.root)
+    try:
+        yield
+    except BaseException:
+        if aside is not None and not folder.study.exists():
+            shutil.rmtree(folder.root, ignore_errors=True)
+            aside.rename(folder.root)
+        raise
 
 
 def set_aside(folder: Path) -> Path | None:

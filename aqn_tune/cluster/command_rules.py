@@ -68,7 +68,7 @@ def package(checked: Checked) -> Iterator[str]:
     trees = {
         str(target).rstrip("/"): str(source)
         for target, source in mounts.items()
-        if (Path(str(source)).expanduser() / "pyproject.toml").is_file()
+        if _is_tree(str(source))
     }
     if not trees:
         yield (
@@ -82,6 +82,13 @@ def package(checked: Checked) -> Iterator[str]:
             f"`cd {next(iter(trees))} && .venv/bin/pip install -c constraints.txt .`"
         )
     yield from _torch([words for _, words in found])
+
+
+def _is_tree(source: str) -> bool:
+    try:
+        return (Path(source).expanduser() / "pyproject.toml").is_file()
+    except RuntimeError:  # ~name of nobody
+        return False
 
 
 def _installs_tree(command: str, words: list[str], trees: dict[str, str]) -> bool:

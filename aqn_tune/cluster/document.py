@@ -33,6 +33,14 @@ class ClusterFile(NamedTuple):
         """The configuration, or the RayJob, as Ray and Kubernetes read it."""
         return self.source.data
 
+    @property
+    def launch(self) -> str:
+        """The text with the launch line: a RayJob's entrypoint; for `ray up` a comment, so all of it."""
+        if self.kind == "ray up":
+            return self.text
+        spec = self.data.get("spec")
+        return str(spec.get("entrypoint", "")) if isinstance(spec, dict) else ""
+
     def place(self, message: str) -> str:
         """Return file and line of the dotted key that `message` begins with; "" for none."""
         key, sign, _ = message.partition(": ")
@@ -53,10 +61,13 @@ class Checked(NamedTuple):
 
     @property
     def output(self) -> str | None:
-        """The folder that receives results, absolute: the study's own, or the launch line's."""
+        """The folder that receives results, absolute: the study's own, or the launch line's.
+
+        A study that was loaded with the overrides of the launch line has them already.
+        """
         if self.study is not None and Path(self.study.output).is_absolute():
             return self.study.output
-        launched = launched_with(self.file.text, "output")
+        launched = launched_with(self.file.launch, "output")
         return launched if launched is not None and launched.startswith("/") else None
 
 
@@ -104,9 +115,21 @@ def _documents(text: str, file: str) -> Iterator[Source]:
             padded = "\n" * start + part
             source = parse_source(padded, file)
             # Ray and kubectl read YAML 1.1, in which `no` is false; the places are the same.
-            yield Source(yaml.safe_load(padded), source.places)
+            try:
+                yield Source(yaml.safe_load(padded), source.places)
+            except (yaml.YAMLError, ValueError) as error:
+                raise UserError(
+                    f"{file}: Ray and Kubernetes read YAML 1.1, in which a value here is none ({error}); "
+                    "put it in quotes"
+                ) from None
             seen += 1
         start = number + 1
+
+
+def launch_overrides(file: ClusterFile) -> list[str]:
+    """Return every `--set KEY=VALUE` of the launch line, as KEY=VALUE."""
+    found = re.findall(_SET.format(key=r"([\w.]+)"), file.launch)
+    return [f"{key}={value}" for key, value in found]
 
 
 def launched_with(text: str, key: str) -> str | None:

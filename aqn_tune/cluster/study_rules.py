@@ -16,7 +16,7 @@ def launch(checked: Checked, types: Sequence[NodeType]) -> Iterator[str]:
 
     Both are read from the study and from the launch line, the `aqn-tune run` in the file.
     """
-    text, study = checked.file.text, checked.study
+    text, study = checked.file.launch, checked.study
     if study is None and not re.search(r"aqn-tune (run|resume)\b", text):
         yield Note(
             "the file has no launch line (`aqn-tune run` with its --set), and no study was given"

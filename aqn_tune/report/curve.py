@@ -19,8 +19,15 @@ from aqn_tune.report.axes import (
     logarithmic,
     tick_label,
 )
+from aqn_tune.report.dose import levels_of
 from aqn_tune.report.results import Results
-from aqn_tune.report.scenario_tables import DURING, arm_of, clean_loss, fault_text, sweep_label
+from aqn_tune.report.scenario_tables import (
+    DURING,
+    arm_of,
+    clean_loss,
+    fault_text,
+    sweep_label,
+)
 from aqn_tune.report.text import NONE, plain, spread
 from aqn_tune.study.scenario import During, Scenario
 
@@ -106,7 +113,7 @@ def curve_svg(results: Results, during: During, quantity: Quantity) -> str:
     ]
     y = _upward(values + [value for _, value in references], quantity)
     scenarios = [scenario for scenario, _ in pairs]
-    places, is_level = _places(scenarios), _levels(scenarios) is not None
+    places, is_level = _places(scenarios), levels_of(scenarios) is not None
     apart = 3.2 if is_level else min(14.0, (WIDTH - LEFT - RIGHT) / len(pairs) / (len(arms) + 1))
     parts = [*_frame(y, quantity), *_below(pairs, places)]
     for number, (label, value) in enumerate(references):
@@ -174,7 +181,7 @@ def _upward(values: list[float], quantity: Quantity) -> Scale:
 def _places(scenarios: Sequence[Scenario]) -> list[float]:
     """Return the pixel of each scenario: on a number line if the sweep is one number."""
     left, right = LEFT + 46, WIDTH - RIGHT - 46
-    level = _levels(scenarios)
+    level = levels_of(scenarios)
     if level is None:
         gap = (right - left) / max(1, len(scenarios) - 1)
         middle = (left + right) / 2
@@ -182,17 +189,6 @@ def _places(scenarios: Sequence[Scenario]) -> list[float]:
     make = logarithmic if is_wide(level, 5) else linear
     scale = make(min(level), max(level), left, right)
     return [scale(value) for value in level]
-
-
-def _levels(scenarios: Sequence[Scenario]) -> list[float] | None:
-    """Return the one swept number of each scenario, None when there is not exactly one."""
-    found = []
-    for scenario in scenarios:
-        swept = [v for k, v in scenario.values.items() if k != "during"]
-        if len(swept) != 1 or isinstance(swept[0], str):
-            return None
-        found.append(float(swept[0]))
-    return found
 
 
 def _frame(y: Scale, quantity: Quantity) -> list[str]:
@@ -214,7 +210,7 @@ def _below(
     floor = HEIGHT - BOTTOM
     parts = []
     keys = {key for scenario, _ in pairs for key in scenario.values if key != "during"}
-    numeric = _levels([scenario for scenario, _ in pairs]) is not None
+    numeric = levels_of([scenario for scenario, _ in pairs]) is not None
     taken = -math.inf
     for (scenario, evidence), x in sorted(
         zip(pairs, places, strict=True), key=lambda item: item[1]

@@ -189,7 +189,7 @@ def _gaps(
         )
     keys = {key for arm in lock.arms for key in arm.training_keys}
     own = [row for row in own_trainings if row.error and row.training_key in keys]
-    if own:
+    if own and not study.compute.reuse:
         gaps.append(
             f"{count(len(own), 'run')} of cells that train for themselves (--no-reuse) broke off and will "
             f"be tried again when the study is run the next time (the first: {own[0].error})."

@@ -4,23 +4,63 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from aqn_tune.ledger.rows import CellRow
 from aqn_tune.report.results import Results
 from aqn_tune.study.runs import ConditionName, Split
 
+FORMAT = 1
+"""Raised when a column changes its meaning or goes away; in the file's metadata as `aqn_tune.format`."""
+
+Kind = Literal["text", "integer", "number"]
+
+
+class RunColumn(NamedTuple):
+    """A column of `runs.parquet`."""
+
+    name: str
+    kind: Kind
+    says: str
+
+
+COLUMNS = (
+    RunColumn("stage", "text", "search or confirm"),
+    RunColumn("generation", "integer", "generation of confirm seeds; 0 in the search"),
+    RunColumn("scenario", "text", "scenario, as the reports name it"),
+    RunColumn("during", "text", "when the fault acts: both, eval or train"),
+    RunColumn("arm", "text", "control, own arm, finalist or config"),
+    RunColumn("config", "text", "config id of a searched arm; empty for controls"),
+    RunColumn("replicate", "integer", "number of the seed, from 0; equal numbers are pairs"),
+    RunColumn("seed", "text", "replicate seed; has 63 bits, so it is text: no reader rounds it"),
+    RunColumn("training_key", "text", "identity of the training; cells that train alike share it"),
+    RunColumn("condition", "text", "clean or faulty: the device that it was evaluated on"),
+    RunColumn("status", "text", "finished, unfinished, failed or missing"),
+    RunColumn("error", "text", "why it failed; empty otherwise"),
+    RunColumn("step", "integer", "optimiser steps taken when the numbers were taken"),
+    RunColumn("steps", "integer", "optimiser steps it was meant to take"),
+    RunColumn("loss", "number", "answer cross-entropy, nats per answer token, mean over the draws"),
+    RunColumn("exact_match", "number", "share of rows whose whole answer is predicted, teacher-forced, 0..1"),
+    RunColumn("generated_exact_match", "number", "share of rows written exactly, 0..1 (confirm.generate)"),
+    RunColumn("answer_match", "number", "share of rows with the right final number, 0..1 (confirm.generate)"),
+    RunColumn("rows", "integer", "rows evaluated"),
+    RunColumn("draws", "integer", "draws of the random faults, or unseen devices"),
+    RunColumn("loss_sd_over_draws", "number", "standard deviation of the loss over draws; null for one"),
+    RunColumn("exact_match_sd_over_draws", "number", "the same of exact_match"),
+    RunColumn("affected_fraction", "number", "share of values that the first fault changed, 0..1"),
+    RunColumn("relative_error", "number", "||delta|| / ||x|| of the first fault"),
+    RunColumn("seconds", "number", "wall time: its share of its packs, training and evaluation"),
+    RunColumn("source", "text", "folder and pack of another study that trained it; empty for this one"),
+    RunColumn("adapter", "text", "exported adapter, relative to the study's folder; empty for none"),
+)  # fmt: skip
+SWEEP_PREFIX = "sweep_"
+"""A column for each swept key of the scenario but `during`, behind it: `sweep_threshold`."""
+
 
 def run_lines(results: Results) -> list[dict[str, Any]]:
-    """Return the lines; a run that failed, was stopped or has not ended has null for its numbers.
+    """Return the lines, by the names of `COLUMNS` and one `sweep_<key>` for each swept key.
 
-    Columns: stage, generation, scenario, during, one per swept key (`sweep_threshold`), arm,
-    config, replicate, seed, training_key, condition (clean or faulty), status, error, step (at
-    which the numbers were taken), steps (meant), loss (nats per answer token), exact_match (0..1, by
-    teacher forcing), generated_exact_match and answer_match (0..1, of what the model wrote;
-    `confirm.generate`), rows, draws (of the faults), loss_sd_over_draws and exact_match_sd_over_draws,
-    affected_fraction and relative_error (of the first fault), seconds, source (folder and pack of
-    another study that trained it, empty for this one), adapter.
+    A run that failed, was stopped or has not ended has null for its numbers.
     """
     return [
         _line(results, cell, condition)
@@ -39,7 +79,7 @@ def _line(results: Results, cell: CellRow, condition: ConditionName) -> dict[str
         where = cell.scenario if condition == "faulty" else ""
         row = results.evaluation(cell.training_key, training.steps, condition, where, split)
     fault = row.faults[0] if row and row.faults else None
-    sweep = {f"sweep_{k}": v for k, v in scenario.values.items() if k != "during"}
+    sweep = {f"{SWEEP_PREFIX}{k}": v for k, v in scenario.values.items() if k != "during"}
     return {
         "stage": cell.stage,
         "generation": cell.generation,
@@ -73,31 +113,40 @@ def _line(results: Results, cell: CellRow, condition: ConditionName) -> dict[str
     }
 
 
-NUMBERS = (
-    "loss",
-    "exact_match",
-    "generated_exact_match",
-    "answer_match",
-    "loss_sd_over_draws",
-    "exact_match_sd_over_draws",
-    "affected_fraction",
-    "relative_error",
-    "seconds",
-)
-COUNTS = ("generation", "replicate", "step", "steps", "rows", "draws")
+def column_names(results: Results) -> list[str]:
+    """Return the columns of a study's table, in order."""
+    swept = dict.fromkeys(
+        f"{SWEEP_PREFIX}{key}"
+        for scenario in results.scenarios
+        for key in scenario.values
+        if key != "during"
+    )
+    names = [column.name for column in COLUMNS]
+    place = names.index("during") + 1
+    return [*names[:place], *swept, *names[place:]]
 
 
 def write_parquet(results: Results, path: Path) -> None:
-    """Write the lines; the file is replaced in one step."""
+    """Write the lines; the file is replaced in one step.
+
+    Every field carries what it says as `description`, and the file `aqn_tune.format`.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    kinds = {"text": pa.string(), "integer": pa.int64(), "number": pa.float64()}
+    known = {column.name: column for column in COLUMNS}
     lines = run_lines(results)
-    columns: dict[str, Any] = {}
-    names = list(dict.fromkeys(name for line in lines for name in line))
-    for name in names or [*COUNTS, *NUMBERS]:
-        kind = pa.float64() if name in NUMBERS else pa.int64() if name in COUNTS else None
-        columns[name] = pa.array([line.get(name) for line in lines], type=kind)
+    fields, arrays = [], []
+    for name in column_names(results):
+        column = known.get(name)
+        array = pa.array(
+            [line.get(name) for line in lines], type=kinds[column.kind] if column else None
+        )
+        says = column.says if column else f"swept key {name.removeprefix(SWEEP_PREFIX)}"
+        fields.append(pa.field(name, array.type, metadata={"description": says}))
+        arrays.append(array)
+    schema = pa.schema(fields, metadata={"aqn_tune.format": str(FORMAT)})
     draft = path.with_name(path.name + ".tmp")
-    pq.write_table(pa.table(columns), draft)
+    pq.write_table(pa.table(arrays, schema=schema), draft)
     os.replace(draft, path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from aqn_tune.evidence.arms import ArmEvidence
 from aqn_tune.evidence.assemble import ScenarioEvidence
 from aqn_tune.evidence.regimes import Recovery
+from aqn_tune.report.dose import dose_notes
 from aqn_tune.report.results import Results
 from aqn_tune.report.table import Cell, Column, Mark, Table
 from aqn_tune.report.text import (
@@ -107,6 +108,7 @@ def scenario_table(results: Results, during: During) -> Table:
         for scenario, evidence in results.evidence_of(during)
         if evidence.regime.reason
     ]
+    notes += dose_notes(results.evidence_of(during))
     return Table(f"Scenarios: {DURING[during]}", tuple(columns), tuple(rows), tuple(notes))
 
 

@@ -1,6 +1,8 @@
 """TensorBoard logs of a study: per-seed curves, per-config means, and one HParams table.
 
-    tensorboard/                                                  the columns of the HParams table
+    tensorboard/                                                  the columns of the HParams table, and
+                                                                  the layout of Custom Scalars
+    tensorboard/by_arm/<config or arm>                            its means, by scenario (Custom Scalars)
     tensorboard/<stage>/<scenario>/<config or arm>                a line of that table
     tensorboard/<stage>/<scenario>/<config or arm>/s<replicate>   curves of one run
     tensorboard/<stage>/<scenario>/<config or arm>/mean           mean over the replicates
@@ -25,6 +27,15 @@ from aqn_tune.ledger.rows import (
     RecordedRow,
     SearchRow,
     TrainingRow,
+)
+from aqn_tune.report.custom_scalars import (
+    CHARTS,
+    HIGH,
+    LOW,
+    interval,
+    layout_summary,
+    run_of,
+    tag_of,
 )
 from aqn_tune.report.hparams import (
     Status,
@@ -61,9 +72,17 @@ class _Line(NamedTuple):
     arm: str
 
     @property
+    def place(self) -> str:
+        """The stage, and the generation of its seeds where that is not the first."""
+        return _place(self.stage, self.generation)
+
+    @property
     def name(self) -> str:
-        stage = f"{self.stage}-g{self.generation}" if self.generation else self.stage
-        return f"{stage}/{self.scenario}/{self.arm}"
+        return f"{self.place}/{self.scenario}/{self.arm}"
+
+
+def _place(stage: Stage, generation: int) -> str:
+    return f"{stage}-g{generation}" if generation else stage
 
 
 def _line_of(cell: CellRow) -> _Line:
@@ -120,6 +139,11 @@ class TensorBoardWriter:
         self._pending: dict[str, list[tuple[int, Any]]] = {}
         self._begun: set[str] = set()
         self._add("", 0, experiment_summary(study, scenarios))
+        stages = [
+            _place("confirm", study.confirm.generation),
+            *(["search"] if study.search else []),
+        ]
+        self._add("", 0, layout_summary(stages, scenarios))
         self.write(rows)
         self._remove_strangers()
 
@@ -235,8 +259,18 @@ class TensorBoardWriter:
             return
         mean = math.fsum(seen.values()) / len(seen)
         self._scalar(f"{line.name}/mean", point.tag, point.step, mean)
+        if point.tag in CHARTS:
+            self._chart(line, point, mean, list(seen.values()))
         if point.final and point.tag in FINAL_TAGS:
             self._scalar(line.name, FINAL_TAGS[point.tag], point.step, mean)
+
+    def _chart(self, line: _Line, point: _Point, mean: float, values: Sequence[float]) -> None:
+        run, tag = run_of(line.arm), tag_of(line.place, line.scenario, point.tag)
+        self._scalar(run, tag, point.step, mean)
+        ends = interval(values)
+        if ends is not None:
+            self._scalar(run, tag + LOW, point.step, ends.low)
+            self._scalar(run, tag + HIGH, point.step, ends.high)
 
     def _end_if_done(self, line: _Line) -> None:
         keys = self._lines[line]

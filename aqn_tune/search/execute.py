@@ -17,6 +17,7 @@ from aqn_tune.search.progress import ProgressMeter, ProgressSink
 from aqn_tune.search.work import Work
 from aqn_tune.study.engine import Engine
 from aqn_tune.study.folder import StudyFolder
+from aqn_tune.study.resources import trial_request
 from aqn_tune.study.runs import Setting, Split
 from aqn_tune.study.schema import ComputeSpec
 from aqn_tune.study.seeds import Stage
@@ -58,9 +59,6 @@ def execute(
         driver = Driver(work, ProgressMeter(stage, work, progress))
         scratch = folder.root / "ray"
         shutil.rmtree(scratch, ignore_errors=True)
-        resources: dict[str, float] = {"cpu": compute.cpus_per_worker}
-        if compute.gpus_per_worker:
-            resources["gpu"] = compute.gpus_per_worker
         trainable = tune.with_resources(
             tune.with_parameters(
                 PackTrainable,
@@ -69,7 +67,7 @@ def execute(
                 setting=setting,
                 state_folder=str(folder.state),
             ),
-            resources,
+            {name.lower(): amount for name, amount in trial_request(compute).items()},
         )
         tuner = tune.Tuner(
             trainable,

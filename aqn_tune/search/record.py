@@ -193,9 +193,10 @@ class Recorder:
         """Write that the trainings of a pack, as far as they had not ended, broke off."""
         rows: list[RecordedRow] = []
         for run, key in zip(pack.runs, training_keys, strict=True):
+            # Another cell may train the same later and finish it: this one has not.
+            rows += self._own_broke(pack, key, error)
             known = self.ledger.trainings.get(key)
             if known is not None and known.status != "unfinished" and not broke_off(known):
-                rows += self._own_broke(pack, key, error)
                 continue
             rows.append(
                 TrainingRow(
@@ -214,7 +215,7 @@ class Recorder:
         self.write(rows)
 
     def _own_broke(self, pack: Pack, key: str, error: str) -> list[RecordedRow]:
-        """Return the row of a run that broke off for its cell alone: others have trained the same."""
+        """Return the row of a run that broke off for its cell; nothing where the cell shares its run."""
         cell = pack.own.get(key, "")
         known = self.ledger.own_trainings.get((key, cell))
         if not cell or (known is not None and known.status != "unfinished"):

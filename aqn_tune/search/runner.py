@@ -25,6 +25,9 @@ from aqn_tune.study.runs import Pack, Setting
 from aqn_tune.study.scenario import Scenario
 from aqn_tune.study.schema import SearchSpec, Study
 
+ANY_PACK = 8
+"""Runs of the largest pack that rows are taken from; what rounds alike in it does so in larger ones."""
+
 Announce = Callable[[str], None]
 """Shows a line that stays, for what a stage has to say once."""
 
@@ -65,7 +68,7 @@ def run_search(
         study,
         folder,
         layer_count=layer_count,
-        rounds_alike=lambda: engine.rounds_alike(setting, study.training),
+        rounds_alike=lambda: engine.rounds_alike(setting, study.training, ANY_PACK),
         announce=announce,
     )
     taken = announce_taken(recorder.ledger, {}, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -46,7 +47,11 @@ def pack_hash(pack: Pack) -> str:
 
 def write_state(path: Path, pack: Pack, saved: SavedState) -> None:
     """Write a state file. It is replaced as a whole: a reader never finds half of one."""
-    header = {"pack": pack_hash(pack), "report": REPORT.dump_python(saved.report, mode="json")}
+    header = {
+        "pack": pack_hash(pack),
+        "report": REPORT.dump_python(saved.report, mode="json"),
+        "state": _digest(saved.state),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with new.open("wb") as file:
@@ -58,14 +63,28 @@ def write_state(path: Path, pack: Pack, saved: SavedState) -> None:
 
 
 def read_state(path: Path, pack: Pack) -> SavedState | None:
-    """Return the state of `pack`, None when there is none or when it belongs to another pack."""
+    """Return the state of `pack`; None when there is none, or one of another pack, or a damaged one.
+
+    A storage that has lost the end of a file loses the pack's training that way, and no result: the ledger
+    holds what was reported, and the pack comes to the same when it is trained again.
+    """
     if not path.exists():
         return None
     with path.open("rb") as file:
-        header = json.loads(file.readline())
-        if header["pack"] != pack_hash(pack):
+        try:
+            header = json.loads(file.readline())
+        except ValueError:
             return None
-        return SavedState(REPORT.validate_python(header["report"]), file.read())
+        if header.get("pack") != pack_hash(pack):
+            return None
+        state = file.read()
+    if header.get("state") != _digest(state):
+        return None
+    return SavedState(REPORT.validate_python(header["report"]), state)
+
+
+def _digest(state: bytes) -> str:
+    return hashlib.sha256(state).hexdigest()
 
 
 def drop_state(path: Path) -> None:

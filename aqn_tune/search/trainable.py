@@ -6,6 +6,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
 
 from aqn_tune.errors import UserError, storage_error
@@ -38,6 +39,8 @@ class PackTrainable(tune.Trainable):  # type: ignore[misc]
         self._shared = shared
         self._engine = engine
         self._setting = setting
+        if setting.memory_share is None:
+            self._setting = setting.model_copy(update={"memory_share": share_of_node()})
         self._state_folder = Path(state_folder)
         self._training: PackTraining | None = None
         self._start(config)
@@ -84,6 +87,20 @@ class PackTrainable(tune.Trainable):  # type: ignore[misc]
         if self._training is not None:
             self._training.close()
             self._training = None
+
+
+def share_of_node() -> float | None:
+    """Return the share of its node's CPUs that Ray has reserved for this worker; None where it has none.
+
+    Of a cluster, the driver does not know its nodes, and a node's operating system may show more cores than
+    Ray hands out.
+    """
+    context = ray.get_runtime_context()
+    reserved = context.get_assigned_resources().get("CPU", 0.0)
+    here = context.get_node_id()
+    node = next((one for one in ray.nodes() if one["NodeID"] == here), None)
+    there = node["Resources"].get("CPU", 0.0) if node is not None else 0.0
+    return min(reserved / there, 1.0) if reserved and there else None
 
 
 def report_of(result: dict[str, Any]) -> RungReport:

@@ -19,16 +19,20 @@ from aqn_tune.study.space_checks import corners, dimension_problem
 from aqn_tune.study.training import Full, Lora
 
 
-def check_study(study: Study, scenarios: Sequence[Scenario], layer_count: int) -> None:
+def check_study(
+    study: Study, scenarios: Sequence[Scenario], layer_count: int, widths: Sequence[int] = ()
+) -> None:
     """Check everything that would otherwise fail after hours: layers, arms, space, data, output.
 
     Raises UserError whose message begins with the dotted key it is about. A control that cannot
-    exist (healthy when every layer is faulty) is no error: `plan` lists it.
+    exist (healthy when every layer is faulty) is no error: `plan` lists it. `widths` are the features of the
+    model's layers, its hidden states first; empty where they are not known.
     """
     for scenario in scenarios:
         _check_device(study, scenario, layer_count)
         _check_adapters(study, scenario)
     _check_compile(study, scenarios)
+    _check_counts(study, scenarios, widths)
     for name, arm in study.arms.items():
         for scenario in scenarios:
             _check_arm(study, name, arm, scenario, layer_count)
@@ -107,6 +111,26 @@ def _check_compile(study: Study, scenarios: Sequence[Scenario]) -> None:
                 f"{key} in scenario {scenario.name} {inside[0]} acts inside the decoder layers, which "
                 "have to stay as they are then; leave it out"
             )
+
+
+def _check_counts(study: Study, scenarios: Sequence[Scenario], widths: Sequence[int]) -> None:
+    """Refuse a fault that hits so many values of a call where a model that writes has calls with fewer."""
+    if not study.confirm.generate:
+        return
+    for scenario in scenarios:
+        for index, fault in enumerate(scenario.spec.faults):
+            count = getattr(fault, "count", None)
+            deployed = scenario.spec.during in ("both", "eval") and fault.when in ("both", "eval")
+            if count is None or not widths or not deployed:
+                continue
+            # The first is that of the hidden states, which is all that a decoder layer gives.
+            narrowest = widths[0] if fault.modules == (".",) else min(widths)
+            if count > narrowest:
+                raise UserError(
+                    f"{_key(study, f'faults.{index}.count')}: got {count} with confirm.generate, but the "
+                    f"last answer that is being written passes one token at a time, {narrowest} values in "
+                    f"the narrowest place; give at most {narrowest}, or a rate"
+                )
 
 
 def _key(study: Study, key: str) -> str:

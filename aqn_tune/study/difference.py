@@ -26,8 +26,14 @@ class Difference(NamedTuple):
 
 def differences(old: Study, new: Study) -> tuple[Difference, ...]:
     """Return every key in which two studies differ, of those that can change a number, in order."""
-    contents = (dict(_leaves(_content(study))) for study in (old, new))
-    before, after = contents
+    # Of a GPU it matters whether there is one, as in the study's hash.
+    gpu = bool(old.compute.gpus_per_worker) != bool(new.compute.gpus_per_worker)
+    return differing(_content(old, gpu=gpu), _content(new, gpu=gpu))
+
+
+def differing(old: Any, new: Any) -> tuple[Difference, ...]:
+    """Return every key in which two mappings of plain data differ, in order; lists are keyed by position."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
     keys = dict.fromkeys([*before, *after])
     pairs = ((key, before.get(key, _ABSENT), after.get(key, _ABSENT)) for key in keys)
     return tuple(Difference(key, _text(a), _text(b)) for key, a, b in pairs if a != b)
@@ -40,9 +46,10 @@ def differences_text(found: Sequence[Difference]) -> str:
     return shown + (f" and {more} more" if more > 0 else "")
 
 
-def _content(study: Study) -> dict[str, Any]:
+def _content(study: Study, *, gpu: bool) -> dict[str, Any]:
     content = study.model_dump(mode="json", exclude=NOT_IDENTITY)
-    content["compute"] = {"gpus_per_worker": study.compute.gpus_per_worker}
+    if gpu:
+        content["compute"] = {"gpus_per_worker": study.compute.gpus_per_worker}
     return content
 
 

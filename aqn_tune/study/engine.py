@@ -97,8 +97,9 @@ class Engine(NamedTuple):
     be had, are not those of the setting, or do not fit."""
     open_pack: Callable[[Pack, Setting, Shared], PackTraining]
     """Build a pack on a worker. Raises ValueError where its rows were not loaded at its length."""
-    rounds_alike: Callable[[Setting, TrainingSpec], bool]
-    """Whether, on this machine, a training gives the same bits alone and in any pack; else to rounding."""
+    rounds_alike: Callable[[Setting, TrainingSpec, int], bool]
+    """Whether, on this machine, a training gives the same bits alone and in any pack of up to so many runs;
+    else to rounding. A run alone may still be evaluated under several conditions in one pass."""
 
     def load(self, setting: Setting, split: Split, max_length: int) -> Shared:
         """Return what packs of rows of at most `max_length` tokens need that are evaluated on `split`.

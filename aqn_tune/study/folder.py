@@ -14,8 +14,8 @@ NOT_IDENTITY: dict[str, bool | set[str]] = {
     "description": True,
     "confirm": {"generation", "replicates"},
 }
-"""Keys of a study that change no recorded number, so that changing them continues the same folder; but
-see `study_hash`.
+"""Keys of a study that change no recorded number but for its rounding, so that changing them continues the
+same folder; but see `study_hash`.
 
 A new generation of confirm seeds, of another size, is such a change: it adds to the search and the
 generations before it, which the lock keeps apart.

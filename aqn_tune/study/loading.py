@@ -50,7 +50,8 @@ def load_study(path: Path | str, overrides: Sequence[str] = ()) -> Study:
     try:
         if source is not declared:
             study = _with_share(study)
-        check_study(study, resolve_scenarios(study), layer_count(study.model))
+        layers, widths = layer_count(study.model), model_widths(study.model)
+        check_study(study, resolve_scenarios(study), layers, widths)
     except UserError as error:
         raise located(source, str(error)) from None
     return study
@@ -72,7 +73,7 @@ def make_setting(study: Study) -> Setting:
 
 
 def _memory_share(compute: ComputeSpec) -> float | None:
-    """Return the share of a worker; None on a cluster, where each machine knows its cores."""
+    """Return the share of a worker; None on a cluster, where a worker asks Ray about its node."""
     if compute.gpus_per_worker:
         return min(compute.gpus_per_worker, 1.0)
     return None if compute.address is not None else 1 / worker_count(compute)
@@ -101,8 +102,21 @@ def parameter_count(model: ModelSpec) -> int | None:
 
 
 def model_widths(model: ModelSpec) -> tuple[int, ...]:
-    """Return the features between and inside the layers of a model, as its config.json names them."""
-    return _config_numbers(model, "hidden_size", "n_embd", "intermediate_size", "n_inner")
+    """Return the features between and inside the layers of a model, as its config.json names them.
+
+    Empty where it does not say how wide the model is.
+    """
+    widths = _config_numbers(model, "hidden_size", "n_embd", "d_model")
+    if not widths:
+        return ()
+    inside = _config_numbers(model, "intermediate_size", "n_inner", "ffn_dim", "d_ff")
+    heads = _config_numbers(model, "num_attention_heads", "n_head")
+    size = _config_numbers(model, "head_dim") or tuple(
+        width // count for width, count in zip(widths, heads, strict=False)
+    )
+    kept = _config_numbers(model, "num_key_value_heads") or heads
+    projected = tuple(count * one for count in (*heads, *kept) for one in size)
+    return tuple(dict.fromkeys((*widths, *(inside or (4 * max(widths),)), *projected)))
 
 
 def _config_numbers(model: ModelSpec, *names: str) -> tuple[int, ...]:

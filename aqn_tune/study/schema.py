@@ -94,7 +94,11 @@ class ConfirmSpec(Spec):
 
 
 class ComputeSpec(Spec):
-    """Where and how the work runs. Changes no number, but for `gpus_per_worker`."""
+    """Where and how the work runs.
+
+    Changes no number but for `gpus_per_worker`; on a GPU, and where a processor adds up in another order in
+    other shapes, `pack_replicas` and the machine change its rounding.
+    """
 
     workers: int | Literal["auto"] = Field(
         "auto", description="Trials at a time; auto: one per CPU core."

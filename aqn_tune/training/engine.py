@@ -20,12 +20,13 @@ from aqn_tune.study.runs import Condition, Pack, Run, Setting
 from aqn_tune.study.training import TrainingSpec
 from aqn_tune.tasks.splitting import SplitName
 from aqn_tune.training.data import TokenSet
-from aqn_tune.training.evaluate import Evaluated, evaluate
+from aqn_tune.training.evaluate import FOLD_TOKENS, Evaluated, evaluate
 from aqn_tune.training.export import export_adapter, export_full
 from aqn_tune.training.generate import Generated, generated_exact_match
 from aqn_tune.training.groups import Group, Groups
 from aqn_tune.training.memory import Fit, cores, fitting
 from aqn_tune.training.pack import ReplicaPack
+from aqn_tune.training.rounding import FOLDS
 from aqn_tune.training.rounding import rounds_alike as products_round_alike
 from aqn_tune.training.splits import load_splits
 from aqn_tune.training.stacked import obstacle
@@ -294,16 +295,24 @@ def open_pack(pack: Pack, setting: Setting, shared: Shared) -> PackTraining:
     return TorchPack(pack, setting, shared)
 
 
-def rounds_alike(setting: Setting, training: TrainingSpec) -> bool:
-    """Return whether a training gives the same bits in any pack; see `Engine.rounds_alike`."""
+def rounds_alike(setting: Setting, training: TrainingSpec, most: int = max(FOLDS)) -> bool:
+    """Return whether a training gives the same bits in packs of up to `most`; see `Engine.rounds_alike`."""
+    splits = load_splits(setting, ["train", "validation", "test"], training.max_length)
+    width = splits["train"].tokens.shape[1]
+    micro = -(-training.batch_size // training.gradient_accumulation_steps)
+    shared = {rows * width: most for rows in (micro, training.batch_size % micro)}
+    for name in ("validation", "test"):
+        count, width = splits[name].tokens.shape
+        folds = FOLD_TOKENS // (setting.eval_batch_size * width)
+        for rows in (min(count, setting.eval_batch_size), count % setting.eval_batch_size):
+            shared[rows * width] = max(folds, shared.get(rows * width, 1))
+    shared = {rows: folds for rows, folds in shared.items() if rows and folds > 1}
+    if not shared:
+        return True
     if setting.device != "cpu" or training.compile:
         return False
-    width = load_splits(setting, ["train"], training.max_length)["train"].tokens.shape[1]
-    micro = -(-training.batch_size // training.gradient_accumulation_steps)
-    rows = {rows * width for rows in (micro, training.batch_size % micro) if rows}
-    rows.add(setting.eval_batch_size * width)
     dtype = getattr(torch, setting.model.dtype)
-    return products_round_alike(tuple(rows), model_widths(setting.model), dtype)
+    return products_round_alike(shared, model_widths(setting.model), dtype)
 
 
 ENGINE = Engine(

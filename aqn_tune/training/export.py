@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -57,7 +60,8 @@ def export_adapter(
             site, _, part = name.rpartition(".")
             modules[site].get_submodule(part)["default"].weight.copy_(value.T)
     model.peft_config["default"].base_model_name_or_path = str(model_folder(setting.model))
-    model.save_pretrained(folder, safe_serialization=True)
+    with _storage_errors(folder):
+        model.save_pretrained(folder, safe_serialization=True)
     _write_provenance(folder, setting, run)
 
 
@@ -72,9 +76,25 @@ def export_full(
     with torch.no_grad():
         for name, value in tensors.items():
             parameters[name].copy_(value)
-    model.save_pretrained(folder, safe_serialization=True)
+    with _storage_errors(folder):
+        model.save_pretrained(folder, safe_serialization=True)
     load_tokenizer(setting.model).save_pretrained(folder)
     _write_provenance(folder, setting, run)
+
+
+@contextmanager
+def _storage_errors(folder: Path) -> Iterator[None]:
+    """Raise what the system says of a failed write as the OSError that it is: safetensors has its own."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(folder)) from error
 
 
 def _write_provenance(folder: Path, setting: Setting, run: Run) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -60,7 +59,6 @@ class ReplicaPack:
         self.runs = tuple(runs)
         self.data = data.to(self.device)
         self.step = 0
-        self.seconds = 0.0
         self.failures: dict[int, str] = {}
         self.train_losses: list[list[float]] = [[] for _ in runs]
         self.book = AddressBook(model)
@@ -98,12 +96,10 @@ class ReplicaPack:
 
     def train_to(self, step: int) -> None:
         """Take optimiser steps until `step` have been taken; failed runs are carried but not updated."""
-        started = time.perf_counter()
         with self.injection, self._layers:
             while self.step < step and len(self.failures) < len(self.runs):
                 self._train_step()
                 self.step += 1
-        self.seconds += time.perf_counter() - started
 
     def _train_step(self) -> None:
         before = self.arena.weights.clone() if self._guards_weights() else None

@@ -29,4 +29,7 @@ def _encoded(setting: Setting, name: SplitName, max_length: int) -> SplitArrays:
         raise UserError(
             "task: the rows are not those that the study started with; start anew (--fresh)"
         )
-    return encode_split(load_tokenizer(setting.model), getattr(rows, name), max_length)
+    try:
+        return encode_split(load_tokenizer(setting.model), getattr(rows, name), max_length)
+    except UserError as error:
+        raise UserError(f"task, {name} split: {error}") from None
