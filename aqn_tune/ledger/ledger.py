@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,6 +65,8 @@ class Ledger:
         """Wall time in which each training's model wrote answers, a part of `seconds`."""
         self.seconds: dict[str, float] = {}
         """Wall time that each training has taken so far, all its rows together."""
+        self._held: list[RecordedRow] | None = None
+        """Rows that are written at the end of `together`; None outside it."""
         for row in self.recorded():
             self._index(row)
 
@@ -123,6 +126,32 @@ class Ledger:
         rows = list(rows)
         if not rows:
             return
+        if self._held is None:
+            self._write(rows)
+        else:
+            self._held += rows
+        for row in rows:
+            self._index(row)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Write the rows that are appended inside the block at its end, with one wait for the disk.
+
+        They are in the index at once. Use it for rows of one event, none of which takes effect outside before
+        all of them are there; blocks may be nested. What was appended before an exception is written, too.
+        """
+        if self._held is not None:
+            yield
+            return
+        self._held = []
+        try:
+            yield
+        finally:
+            rows, self._held = self._held, None
+            if rows:
+                self._write(rows)
+
+    def _write(self, rows: Sequence[RecordedRow]) -> None:
         text = "".join(
             json.dumps(row.model_dump(mode="json"), allow_nan=False) + "\n" for row in rows
         )
@@ -138,8 +167,6 @@ class Ledger:
             if mendable is None:
                 raise
             raise mendable from error
-        for row in rows:
-            self._index(row)
 
     def _cut_torn_line(self) -> None:
         if not self.path.exists():

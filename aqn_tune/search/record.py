@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,10 +49,12 @@ class Recorder:
         self.ledger = ledger
         self._root = root
         self._listeners = tuple(listeners)
+        self._untold: list[RecordedRow] | None = None
+        """Rows that listeners are told at the end of `together`; None outside it."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the listeners behind: they hold open files, and no copy may write."""
-        return {"ledger": self.ledger, "_root": self._root, "_listeners": ()}
+        return {"ledger": self.ledger, "_root": self._root, "_listeners": (), "_untold": None}
 
     def write(self, rows: Iterable[RecordedRow]) -> None:
         """Append `rows` as they are, wait until they are on disk, and tell the listeners."""
@@ -59,8 +62,29 @@ class Recorder:
         if not rows:
             return
         self.ledger.append(rows)
-        for listener in self._listeners:
-            listener(rows)
+        if self._untold is None:
+            self._tell(rows)
+        else:
+            self._untold += rows
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Write what one event comes to at the end of the block, with one wait for the disk."""
+        if self._untold is not None:
+            yield
+            return
+        self._untold = []
+        try:
+            with self.ledger.together():
+                yield
+        finally:
+            rows, self._untold = self._untold, None
+        self._tell(rows)
+
+    def _tell(self, rows: Sequence[RecordedRow]) -> None:
+        if rows:
+            for listener in self._listeners:
+                listener(rows)
 
     def cells(self, cells: Iterable[Cell], *, generation: int = 0) -> None:
         """Write the cells that the ledger does not hold yet.

@@ -110,6 +110,10 @@ class SearchWork:
 
     def next_pack(self) -> Pack | None:
         """See `Work.next_pack`. A config whose rungs the ledger holds already takes no trial."""
+        with self._recorder.together():
+            return self._next_pack()
+
+    def _next_pack(self) -> Pack | None:
         pack = self._controls.next_pack()
         while pack is None:
             if self._resumed:
@@ -230,12 +234,13 @@ class SearchWork:
         if self._controls.owns(pack):
             return self._controls.arrived(pack, report)
         opened = self._open[pack.name]
-        self._recorder.report(pack, (*report.evaluations, *report.trainings))
-        rung = self.rungs.index(report.step)
-        if rung < len(opened.record.values) or self._judge(opened, rung):
-            return True
-        self._end(opened)
-        return False
+        with self._recorder.together():
+            self._recorder.report(pack, (*report.evaluations, *report.trainings))
+            rung = self.rungs.index(report.step)
+            goes_on = rung < len(opened.record.values) or self._judge(opened, rung)
+        if not goes_on:
+            self._end(opened)
+        return goes_on
 
     def broke(self, pack: Pack, error: str) -> None:
         """See `Work.broke`."""
@@ -243,9 +248,9 @@ class SearchWork:
             self._controls.broke(pack, error)
             return
         opened = self._open[pack.name]
-        self._recorder.broke(pack, opened.keys, error)
-        record = opened.record
-        self._decide(_event(opened.scenario, record, "failed", error=error))
+        with self._recorder.together():
+            self._recorder.broke(pack, opened.keys, error)
+            self._decide(_event(opened.scenario, opened.record, "failed", error=error))
         self._end(opened)
 
     def _end(self, opened: _Open) -> None:
