@@ -21,6 +21,7 @@ from fake_ledger import CONFIGS, STEPS, Fake, confirm_rows, make_study, write_fa
 
 from aqn_tune.ledger import Ledger
 from aqn_tune.ledger.rows import CellRow, EvaluationRow
+from aqn_tune.report.custom_scalars import CHARTS
 from aqn_tune.report.hparams import arm_params, columns, config_params, session_start
 from aqn_tune.report.tensorboard import TensorBoardWriter, rebuild
 from aqn_tune.study.arms import ArmSpec
@@ -564,22 +565,21 @@ def test_the_charts_of_a_scenario_have_a_line_per_arm_with_its_interval(
         )
         assert found[f"{tag}_low"][-1][1] == pytest.approx(low, rel=1e-5)
         assert found[f"{tag}_high"][-1][1] == pytest.approx(high, rel=1e-5)
-    # A seed of it failed: no mean, and no interval over the others.
-    failed = curves["by_arm/targeted"]
-    assert not [tag for tag in failed if tag.startswith("confirm/both-threshold0.5")]
+    # A seed of it failed: no mean, and no interval over the others, of what it has no number for.
+    failed = [tag for tag in curves["by_arm/targeted"] if "threshold0.5" in tag]
+    assert failed == ["confirm/both-threshold0.5/train_loss"]
 
 
 @pytest.mark.slow
 def test_tensorboard_lays_the_charts_out_by_scenario(server: Server, curves: Curves) -> None:
     layout = server.get("custom_scalars/layout")
-    assert [section["title"] for section in layout["category"]] == [
+    assert sorted(section["title"] for section in layout["category"]) == [
         f"{stage}: both-threshold{level}" for stage in ("confirm", "search") for level in (0.1, 0.5)
     ]
-    assert [bool(section.get("closed")) for section in layout["category"]] == [False, *[True] * 3]
-    tags = {tag for run, found in curves.items() if run.startswith("by_arm/") for tag in found}
+    tags = {tag for run, found in curves.items() if run.startswith("by_") for tag in found}
     for section in layout["category"]:
         *lines, band = section["chart"]
-        assert len(lines) == 3
+        assert len(lines) == len(CHARTS)
         for chart in lines:
             (pattern,) = chart["multiline"]["tag"]
             assert any(re.fullmatch(pattern, tag) for tag in tags), pattern

@@ -41,4 +41,8 @@ def show_results(folder: StudyFolder, *, json: bool, quiet: bool) -> None:
     out.print(summary_text(folder, markup=True), soft_wrap=True)
     out.print()
     out.print(f"report       {folder.report}", soft_wrap=True, markup=False)
-    out.print(f"tensorboard  --logdir {folder.tensorboard}", soft_wrap=True, markup=False)
+    logs = folder.tensorboard
+    out.print(f"tensorboard  --logdir {logs}/by_arm", soft_wrap=True, markup=False)
+    out.print(
+        f"             --logdir {logs}    (every seed, HParams)", soft_wrap=True, markup=False
+    )

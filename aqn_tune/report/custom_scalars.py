@@ -1,9 +1,11 @@
 """The Custom Scalars page of TensorBoard: the arms of each scenario in one chart, with their intervals.
 
-    tensorboard/by_arm/<arm>      one run per arm or config; its tags name stage and scenario
+    tensorboard/by_arm/<arm>          one run per confirmed arm; its tags name stage and scenario
+    tensorboard/by_config/<config>    the same of the search: controls and configs
 
 A chart of that page holds tags, whichever run they are in. So each arm is a run, and a scenario is a tag: the
-chart of a scenario has a line per arm, and no set-up.
+chart of a scenario has a line per arm. TensorBoard shows no run of a folder with more than forty until some
+are chosen; these folders have few, and opened by themselves they show everything without set-up.
 """
 
 from __future__ import annotations
@@ -16,14 +18,20 @@ from typing import Any, NamedTuple
 
 from aqn_tune.evidence.contrasts import t_quantile
 from aqn_tune.study.scenario import Scenario
+from aqn_tune.study.seeds import Stage
 
 CHARTS = {
     "loss/faulty": "faulty loss (nats/token)",
     "exact_match/faulty": "faulty exact match",
     "loss/clean": "clean loss (nats/token)",
+    "train_loss": "training loss (nats/token)",
 }
 """Tags that have a chart in each scenario, with its title."""
+BAND = "loss/faulty"
+"""The tag that has a chart of its interval as well."""
 LEVEL = 0.95
+OPEN = 4
+"""Sections that are open from the start."""
 LOW, HIGH = "_low", "_high"
 
 
@@ -34,9 +42,9 @@ class Ends(NamedTuple):
     high: float
 
 
-def run_of(arm: str) -> str:
-    """Return the run that an arm has in these charts."""
-    return f"by_arm/{arm}"
+def folder_of(stage: Stage) -> str:
+    """Return the folder of a stage's charts, below that of all logs."""
+    return "by_arm" if stage == "confirm" else "by_config"
 
 
 def tag_of(stage: str, scenario: str, tag: str) -> str:
@@ -53,11 +61,11 @@ def interval(values: Sequence[float]) -> Ends | None:
     return Ends(mean - half, mean + half)
 
 
-def layout_summary(stages: Sequence[str], scenarios: Sequence[Scenario]) -> Any:
-    """Return the summary that lays the page out: a section per stage and scenario.
+def layout_summary(stage: str, scenarios: Sequence[Scenario]) -> Any:
+    """Return the summary that lays the page out: a section per scenario.
 
     Args:
-        stages: Names of stages as the tags have them, those that matter most first.
+        stage: Name of the stage as the tags have it.
         scenarios: Scenarios in the order of the study.
     """
     from tensorboard.compat.proto import summary_pb2, tensor_pb2, types_pb2
@@ -67,9 +75,9 @@ def layout_summary(stages: Sequence[str], scenarios: Sequence[Scenario]) -> Any:
         layout_pb2.Category(
             title=f"{stage}: {scenario.name}",
             chart=list(_charts(stage, scenario.name)),
-            closed=bool(number),
+            closed=number >= OPEN,
         )
-        for number, (stage, scenario) in enumerate((a, b) for a in stages for b in scenarios)
+        for number, scenario in enumerate(scenarios)
     ]
     layout = layout_pb2.Layout(category=sections)
     tensor = tensor_pb2.TensorProto(
@@ -93,9 +101,9 @@ def _charts(stage: str, scenario: str) -> Iterator[Any]:
             title=f"{title}: mean of each arm",
             multiline=layout_pb2.MultilineChartContent(tag=[f"^{re.escape(name)}$"]),
         )
-    name = tag_of(stage, scenario, "loss/faulty")
+    name = tag_of(stage, scenario, BAND)
     series = layout_pb2.MarginChartContent.Series(value=name, lower=name + LOW, upper=name + HIGH)
     yield layout_pb2.Chart(
-        title=f"{CHARTS['loss/faulty']}: 95 % interval over seeds",
+        title=f"{CHARTS[BAND]}: 95 % interval over seeds",
         margin=layout_pb2.MarginChartContent(series=[series]),
     )

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from aqn_tune.evidence.assemble import ScenarioEvidence
-from aqn_tune.evidence.trend import trend, turns
+from aqn_tune.evidence.trend import Trend, trend, turns
 from aqn_tune.report.text import p_value, plain
 from aqn_tune.study.scenario import Scenario
+
+SHOWN_BELOW = 0.05
+"""A larger p-value is no trend that one could speak of."""
 
 Pairs = Sequence[tuple[Scenario, ScenarioEvidence]]
 
@@ -40,17 +43,26 @@ def dose_notes(pairs: Pairs) -> list[str]:
     ]
     found = list(_trends(rising))
     if found:
+        seen = [f"{what} {_way(one)}" for what, one in found if one.p < SHOWN_BELOW]
+        unseen = [f"{what} (p = {one.p:.2f})" for what, one in found if one.p >= SHOWN_BELOW]
+        said = [*seen, *([f"no trend is seen in {', '.join(unseen)}"] if unseen else [])]
         notes.append(
-            f"Against {key} (Page's trend test, two-sided, not declared, so no claim): {'; '.join(found)}."
+            f"Against {key} (Page's trend test, two-sided, each by itself; not declared, so no claim): "
+            f"{'; '.join(said)}."
         )
     return notes
 
 
-def _trends(rising: Pairs) -> Iterator[str]:
-    """Yield what rises or falls: the loss of fault_only, and the difference of each primary contrast."""
+def _way(found: Trend) -> str:
+    p = p_value(found.p)
+    return f"{'rises' if found.rises else 'falls'} (p {p if p.startswith('<') else f'= {p}'})"
+
+
+def _trends(rising: Pairs) -> Iterator[tuple[str, Trend]]:
+    """Yield the trend of the loss of fault_only, and of the difference of each primary contrast."""
     losses = _losses(rising, "fault_only")
     if losses is not None and (found := trend(losses)):
-        yield f"the loss of fault_only {'rises' if found.rises else 'falls'} (p {_p(found.p)})"
+        yield "the loss of fault_only", found
     names = [
         {one.name.removeprefix(f"{scenario.name}/") for one in evidence.contrasts}
         for scenario, evidence in rising
@@ -66,13 +78,7 @@ def _trends(rising: Pairs) -> Iterator[str]:
             for own, other in zip(ours, theirs, strict=True)
         ]
         if found := trend(gains):
-            way = "rises" if found.rises else "falls"
-            yield f"what {arm} wins over {reference} {way} (p {_p(found.p)})"
-
-
-def _p(p: float) -> str:
-    text = p_value(p)
-    return text if text.startswith("<") else f"= {text}"
+            yield f"what {arm} wins over {reference}", found
 
 
 def _losses(rising: Pairs, arm: str) -> list[list[float]] | None:

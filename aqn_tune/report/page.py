@@ -9,6 +9,7 @@ from aqn_tune.evidence.exploratory import Exploratory
 from aqn_tune.evidence.regimes import Regime
 from aqn_tune.evidence.verdicts import Verdict
 from aqn_tune.report.curve import EXACT_MATCH, LOSS, curve_svg
+from aqn_tune.report.custom_scalars import folder_of
 from aqn_tune.report.device_tables import device_tables, effect_text
 from aqn_tune.report.exploratory_table import exploratory_table, explored
 from aqn_tune.report.forest import forest_svg
@@ -159,6 +160,7 @@ def context(results: Results) -> dict[str, Any]:
         "records": tuple(table for table in records if table is not None),
         "rerun": f"aqn-tune rerun {place} {example}",
         "tensorboard": f"tensorboard --logdir {place}/{results.folder.tensorboard.name}",
+        "by_arm": folder_of("confirm"),
     }
 
 

@@ -1,8 +1,7 @@
 """TensorBoard logs of a study: per-seed curves, per-config means, and one HParams table.
 
-    tensorboard/                                                  the columns of the HParams table, and
-                                                                  the layout of Custom Scalars
-    tensorboard/by_arm/<config or arm>                            its means, by scenario (Custom Scalars)
+    tensorboard/                                                  the columns of the HParams table
+    tensorboard/by_arm/<arm>, tensorboard/by_config/<config>      means by scenario, for Custom Scalars
     tensorboard/<stage>/<scenario>/<config or arm>                a line of that table
     tensorboard/<stage>/<scenario>/<config or arm>/s<replicate>   curves of one run
     tensorboard/<stage>/<scenario>/<config or arm>/mean           mean over the replicates
@@ -29,12 +28,13 @@ from aqn_tune.ledger.rows import (
     TrainingRow,
 )
 from aqn_tune.report.custom_scalars import (
+    BAND,
     CHARTS,
     HIGH,
     LOW,
+    folder_of,
     interval,
     layout_summary,
-    run_of,
     tag_of,
 )
 from aqn_tune.report.hparams import (
@@ -139,11 +139,10 @@ class TensorBoardWriter:
         self._pending: dict[str, list[tuple[int, Any]]] = {}
         self._begun: set[str] = set()
         self._add("", 0, experiment_summary(study, scenarios))
-        stages = [
-            _place("confirm", study.confirm.generation),
-            *(["search"] if study.search else []),
-        ]
-        self._add("", 0, layout_summary(stages, scenarios))
+        confirm = _place("confirm", study.confirm.generation)
+        self._add(folder_of("confirm"), 0, layout_summary(confirm, scenarios))
+        if study.search is not None:
+            self._add(folder_of("search"), 0, layout_summary("search", scenarios))
         self.write(rows)
         self._remove_strangers()
 
@@ -265,9 +264,10 @@ class TensorBoardWriter:
             self._scalar(line.name, FINAL_TAGS[point.tag], point.step, mean)
 
     def _chart(self, line: _Line, point: _Point, mean: float, values: Sequence[float]) -> None:
-        run, tag = run_of(line.arm), tag_of(line.place, line.scenario, point.tag)
+        run = f"{folder_of(line.stage)}/{line.arm}"
+        tag = tag_of(line.place, line.scenario, point.tag)
         self._scalar(run, tag, point.step, mean)
-        ends = interval(values)
+        ends = interval(values) if point.tag == BAND else None
         if ends is not None:
             self._scalar(run, tag + LOW, point.step, ends.low)
             self._scalar(run, tag + HIGH, point.step, ends.high)
