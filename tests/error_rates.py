@@ -1,0 +1,154 @@
+"""How often the protocol is wrong, on ten thousand simulated studies with a known truth for every line.
+
+    python tests/error_rates.py [--studies 10000]
+
+Paired differences have mean `effect` and standard deviation 1, and are normal, heavy-tailed (Student's t with
+3 degrees of freedom) or strongly skewed (lognormal, skewness 6). A study judges a family of five contrasts,
+as one scenario has by default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from aqn_tune.evidence import PairedContrast, Verdict, judge, paired_contrast
+from aqn_tune.evidence.power import detection_power
+
+ALPHA = 0.05
+FAMILY = 5
+STUDIES = 10_000
+CLAIMS = (Verdict.BETTER, Verdict.WORSE)
+
+Draw = Callable[[np.random.Generator, tuple[int, ...]], Any]
+
+
+def normal(rng: np.random.Generator, size: tuple[int, ...]) -> Any:
+    """Return normal differences."""
+    return rng.normal(size=size)
+
+
+def heavy(rng: np.random.Generator, size: tuple[int, ...]) -> Any:
+    """Return differences with heavy tails: t with 3 degrees of freedom."""
+    return rng.standard_t(3, size=size) / math.sqrt(3)
+
+
+def skewed(rng: np.random.Generator, size: tuple[int, ...]) -> Any:
+    """Return strongly skewed differences: lognormal, less their mean."""
+    mean, sd = math.exp(0.5), math.sqrt((math.e - 1) * math.e)
+    return (np.exp(rng.normal(size=size)) - mean) / sd
+
+
+DRAWS: dict[str, Draw] = {"normal": normal, "t3": heavy, "lognormal": skewed}
+
+
+class Rate(NamedTuple):
+    """A share that was counted."""
+
+    value: float
+    trials: int
+
+    @property
+    def error(self) -> float:
+        """Its standard error."""
+        return math.sqrt(max(self.value * (1 - self.value), 1e-12) / self.trials)
+
+
+def contrasts(
+    rng: np.random.Generator, n: int, draw: Draw, count: int, effect: float
+) -> list[PairedContrast]:
+    """Return contrasts of independent arms with one reference; each arm is better by `effect`."""
+    reference = rng.normal(size=n)
+    gains = effect + draw(rng, (count, n))
+    return [paired_contrast((reference - gain).tolist(), reference.tolist()) for gain in gains]
+
+
+class Familywise(NamedTuple):
+    """How often a study in which nothing differs claims that something does."""
+
+    any_claim: Rate
+    without_note: Rate
+    """Of all studies those with a false claim that carries no note about skewness."""
+
+
+def familywise(n: int, draw: Draw, studies: int, *, seed: int = 0) -> Familywise:
+    """Return the familywise error rate.
+
+    Without a margin, so that no contrast is spared a claim by being equivalent.
+    """
+    rng = np.random.default_rng(seed)
+    wrong = unsaid = 0
+    for _ in range(studies):
+        family = {str(k): c for k, c in enumerate(contrasts(rng, n, draw, FAMILY, 0.0))}
+        claims = [j for j in judge(family, alpha=ALPHA, margin=None) if j.verdict in CLAIMS]
+        wrong += bool(claims)
+        unsaid += any(j.contrast is not None and not j.contrast.notes for j in claims)
+    return Familywise(Rate(wrong / studies, studies), Rate(unsaid / studies, studies))
+
+
+def wrongly_equivalent(n: int, draw: Draw, studies: int, margin: float, *, seed: int = 1) -> Rate:
+    """Return how often a contrast whose true effect is twice the margin is called equivalent."""
+    rng = np.random.default_rng(seed)
+    found = 0
+    for _ in range(studies):
+        (one,) = contrasts(rng, n, draw, 1, 2 * margin)
+        (judged,) = judge({"c": one}, alpha=ALPHA, margin=margin)
+        found += judged.verdict is Verdict.EQUIVALENT
+    return Rate(found / studies, studies)
+
+
+def power(n: int, effect: float, studies: int, *, seed: int = 2) -> Rate:
+    """Return how often a normal effect is found, tested alone."""
+    rng = np.random.default_rng(seed)
+    found = 0
+    for _ in range(studies):
+        (one,) = contrasts(rng, n, normal, 1, effect)
+        found += one.t_p is not None and one.t_p < ALPHA and one.improvement > 0
+    return Rate(found / studies, studies)
+
+
+def coverage(n: int, draw: Draw, studies: int, *, seed: int = 3) -> Rate:
+    """Return how often the 95 % interval holds the true effect."""
+    rng = np.random.default_rng(seed)
+    effect, held = 0.7, 0
+    for _ in range(studies):
+        (one,) = contrasts(rng, n, draw, 1, effect)
+        held += one.low is not None and one.high is not None and one.low <= effect <= one.high
+    return Rate(held / studies, studies)
+
+
+def main() -> None:
+    """Print every rate."""
+    parser = argparse.ArgumentParser(description="Count how often the protocol is wrong.")
+    parser.add_argument("--studies", type=int, default=STUDIES, help="studies behind every line")
+    studies = parser.parse_args().studies
+    print(f"any false claim among {FAMILY} null contrasts, alpha {ALPHA}")
+    for name, draw in DRAWS.items():
+        for n in (6, 8, 12):
+            rate, unsaid = familywise(n, draw, studies)
+            print(
+                f"  {name:10s} n = {n:2d}: {rate.value:.4f} +- {rate.error:.4f}, "
+                f"without a note about skewness {unsaid.value:.4f}"
+            )
+    print("equivalent, at a true effect of twice the margin")
+    for name, draw in DRAWS.items():
+        for margin in (0.5, 1.0, 2.0):
+            rate = wrongly_equivalent(8, draw, studies, margin)
+            print(f"  {name:10s} n =  8, margin {margin} sd: {rate.value:.4f} +- {rate.error:.4f}")
+    print("power at an effect of 1 sd, one contrast: counted, theory")
+    for n in (5, 8, 12):
+        rate, theory = power(n, 1.0, studies), detection_power(n, 1.0, ALPHA)
+        print(f"  n = {n:2d}: {rate.value:.4f} +- {rate.error:.4f}, {theory:.4f}")
+    print("coverage of the 95 % interval")
+    for name, draw in DRAWS.items():
+        for n in (5, 8, 12):
+            rate = coverage(n, draw, studies)
+            print(f"  {name:10s} n = {n:2d}: {rate.value:.4f} +- {rate.error:.4f}")
+
+
+if __name__ == "__main__":
+    main()
