@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
+import math
 import os
 import platform
 import resource
@@ -32,6 +34,8 @@ from aqn_tune.training.data import TokenSet
 FAULTY_LAYER = 10
 DATA_ROWS = 256
 SEED = 2
+FEWEST_ROUNDS = 5
+"""With fewer, what was measured is a part and not a figure to keep."""
 
 
 class Workload(NamedTuple):
@@ -175,16 +179,27 @@ class Clock:
         return time.perf_counter() - self._wall, time.process_time() - self._cpu
 
 
-def reset_peak() -> None:
-    """Let the peak of this process's memory start from what it holds now, where Linux allows it."""
+def give_back() -> None:
+    """Hand the memory that is free back to the system, where the C library can (glibc)."""
+    gc.collect()
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):
+        return
+    trim(0)
+
+
+def reset_peak() -> bool:
+    """Let the peak of this process's memory start from what it holds now; return whether Linux did."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return
+        return False
+    return True
 
 
 def memory(peak: bool = True) -> float:
-    """Return the resident memory of this process in MB: its peak, or what it holds now."""
+    """Return the resident memory of this process in MB: its peak, or what it holds now (Linux alone)."""
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -196,11 +211,13 @@ def memory(peak: bool = True) -> float:
 def peak_above(work: Callable[[], object]) -> float:
     """Return the peak memory of this process in MB while it does some work, less what it held before.
 
-    Ask in a fresh process: memory that earlier work has freed, and the process has kept, is not counted.
+    What earlier work has freed is given back first: pages that the process keeps would not be counted.
+    Holes smaller than a page stay, so ask in a fresh process. NaN where the system does not tell.
     """
-    gc.collect()
+    give_back()
     before = memory(peak=False)
-    reset_peak()
+    if not reset_peak():
+        return math.nan
     work()
     return memory() - before
 
@@ -220,6 +237,25 @@ class Spread(NamedTuple):
 def spread(values: Sequence[float]) -> Spread:
     """Return median and range."""
     return Spread(statistics.median(values), min(values), max(values))
+
+
+def verdict(value: Spread, wanted: float, *, at_most: bool) -> str:
+    """Return whether a target is met by the whole range, missed by the whole range, or neither."""
+    if math.isnan(value.median):
+        return "not measured"
+    met = value.most <= wanted if at_most else value.least >= wanted
+    missed = value.least > wanted if at_most else value.most < wanted
+    side = "above" if value.median > wanted else "below"
+    return "met" if met else "missed" if missed else f"within the error (median {side})"
+
+
+VERDICT_COLOURS = {"met": "green", "missed": "red", "": "none"}
+"""Of what is neither: yellow."""
+
+
+def coloured(word: str) -> str:
+    """Return a verdict with its colour, for a table."""
+    return f"[{VERDICT_COLOURS.get(word, 'yellow')}]{word}[/]"
 
 
 def best_of(work: Callable[[], object], seconds: float = 0.02, batches: int = 5) -> float:
@@ -274,18 +310,22 @@ def add_out(parser: argparse.ArgumentParser, name: str) -> None:
 
 def write(
     folder: Path, name: str, content: dict[str, Any], picture: str | None, *, whole: bool = True
-) -> None:
-    """Write what was measured, and its picture where there is one.
+) -> Path:
+    """Write what was measured, and its picture where there is one; return the JSON file.
 
-    A part of a benchmark does not take the place of the whole in `RESULTS`.
+    What is not `whole` goes to `NAME.part.json`, so that no part takes the place of a whole; a whole
+    removes the part beside it.
     """
-    if not whole and folder == RESULTS:
-        print(f"{name}: a part is not kept; name a folder with --out")
-        return
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(f"{json.dumps(content, indent=1)}\n")
+    stem, part = name if whole else f"{name}.part", f"{name}.part"
+    file = folder / f"{stem}.json"
+    file.write_text(f"{json.dumps(content, indent=1)}\n")
     if picture is not None:
-        (folder / f"{name}.svg").write_text(picture)
+        (folder / f"{stem}.svg").write_text(picture)
+    if whole:
+        for kind in ("json", "svg"):
+            (folder / f"{part}.{kind}").unlink(missing_ok=True)
+    return file
 
 
 # -- pictures ---------------------------------------------------------------------------------------

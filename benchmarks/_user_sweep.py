@@ -7,9 +7,12 @@ the model and trains it with its Trainer, peft adds the adapters, forward hooks 
 Tune runs two trials at a time, each in a process of its own as is its default, or, where it is told so,
 in processes that go from one trial to the next and import everything once.
 
-Of the package it takes two things, both about random numbers: `keyed_generator` and `BatchOrder`. They
-cost nothing, and with them every training starts from the same adapters, sees the same rows and gets the
-same noise as its counterpart in `aqn-tune run`, so that their losses can be held against each other.
+The rows are tokenized once, before the first trial, and handed to all of them.
+
+Of the package it takes two things, both about random numbers: `keyed_generator` and `BatchOrder`. The
+package pays for them too, and with them every training starts from the same adapters, sees the same rows
+and gets the same noise as its counterpart in `aqn-tune run`, so that their losses can be held against each
+other.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# Imports of torch, transformers and peft stand inside functions: the driver never needs them.
+# Imports of torch and peft stand inside functions: the driver never needs them.
 
 SIGMA_START, SIGMA_END, STAGES = 0.05, 0.0005, 9
 
@@ -234,20 +237,18 @@ def evaluate(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> tuple[fl
     return total / tokens, exact / rows
 
 
-def trial(config: dict[str, Any], spec: dict[str, Any]) -> None:
+def trial(
+    config: dict[str, Any], spec: dict[str, Any], rows: Sequence[Row], test: Sequence[Row]
+) -> None:
     """Train one arm on one seed under one threshold, evaluate it without and with the fault."""
     import torch
     from ray import tune
-    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(spec["model"])
-    rows = read_rows(tokenizer, spec["train"], spec["max_length"])
-    test = read_rows(tokenizer, spec["test"], spec["max_length"])
     longest = max(len(row.tokens) for row in rows)
     seed = spec["seeds"][config["replicate"]]
     model = build(spec, seed)
@@ -274,8 +275,13 @@ def main() -> None:
     """Run all trials and write what each of them found."""
     import ray
     from ray import tune
+    from transformers import AutoTokenizer
 
     spec = json.loads(Path(sys.argv[1]).read_text())
+    tokenizer = AutoTokenizer.from_pretrained(spec["model"])
+    rows, test = (
+        read_rows(tokenizer, spec[name], spec["max_length"]) for name in ("train", "test")
+    )
     ray.init(
         address="local",
         num_cpus=spec["workers"],
@@ -284,7 +290,9 @@ def main() -> None:
         logging_level="error",
     )
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(trial, spec=spec), {"cpu": 1}),
+        tune.with_resources(
+            tune.with_parameters(trial, spec=spec, rows=rows, test=test), {"cpu": 1}
+        ),
         param_space={
             "replicate": tune.grid_search(list(range(len(spec["seeds"])))),
             "threshold": tune.grid_search(spec["thresholds"]),

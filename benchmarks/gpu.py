@@ -7,8 +7,8 @@ matrix product costs the same whatever is in it. They are frozen in bfloat16 wit
 on all linear layers, which compute in bfloat16 on both sides. A batch is 4 x 128 or 8 x 256 tokens per
 replica, all of them trained on; a third workload adds noise at every layer and a dead zone at layer 10.
 
-one by one  an ordinary transformers + peft loop under autocast, with fused AdamW: the steps of K runs, one
-            run after another. It reads no loss back, so nothing makes it wait for the GPU.
+one by one  an ordinary transformers + peft loop under autocast, with fused AdamW, which reads no loss back. K
+            runs one after another are timed as K times the steps of one run.
 pack        `ReplicaPack` of K runs, with all that it does: losses read back, gradients audited. Both sides
             draw noise on the GPU: the pack replica by replica under each run's keys, the loop at once.
 
@@ -17,6 +17,8 @@ are left out. Tokens per second are those of all K runs. The share of the peak i
 a step come to (frozen layers forward and back to their inputs, adapters, head, attention under the causal
 mask) over what a large product of bfloat16 matrices reaches in the same process. Memory is the peak of what
 torch has allocated for one side, model included. What does not fit says so and is not a number.
+
+A part (`--only`, other `--replicas`, fewer than five rounds, an interrupted run) is in `gpu.part.json`.
 
 It needs a GPU that CUDA can use; without one it ends with 2 and writes nothing.
 """
@@ -29,11 +31,13 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from _common import (
     FAULTY_LAYER,
+    FEWEST_ROUNDS,
     SEED,
     Bar,
     Spread,
@@ -68,6 +72,7 @@ SCHEDULE = 2000
 """Length of the schedules: long, so that hardly any step is one whose noise is audited."""
 WARM = 3
 """Steps before anything is timed."""
+REPLICAS = (1, 5, 10)
 SIGMA, THRESHOLD = 0.05, 0.1
 FURTHEST = 0.05
 """Losses of the first steps must be this near, in nats: bfloat16 has three digits."""
@@ -245,14 +250,15 @@ class Loop:
         spec = self._run.training
         for _ in range(steps):
             rows = self._tokens[self._order.indices(self._run.seed, self._step).to(DEVICE)]
+            self._optimizer.zero_grad()
             with torch.autocast(DEVICE, dtype=DTYPE):
                 loss = self._model(input_ids=rows, labels=rows, use_cache=False).loss
-            self._optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self._parameters, spec.max_grad_norm)
             self._optimizer.param_groups[0]["lr"] = learning_rate(spec, self._step)
             self._optimizer.step()
             self.losses.append(loss.detach())
+            del loss  # its graph would live on through the next forward pass
             self._step += 1
 
 
@@ -467,6 +473,14 @@ def record(
     }
 
 
+def is_whole(measured: Sequence[Measured]) -> bool:
+    """Return whether every workload was measured at every size, often enough."""
+    done = {(each.workload, each.replicas) for each in measured}
+    wanted = {(workload, replicas) for workload in WORKLOADS for replicas in REPLICAS}
+    often = all(each.missing or len(each.pack) >= FEWEST_ROUNDS for each in measured)
+    return wanted <= done and often
+
+
 def obstacle() -> str:
     """Return why nothing can be measured here, "" where it can."""
     if not torch.cuda.is_available():
@@ -480,10 +494,12 @@ def main() -> int:
     """Measure, print and write; return 2 where nothing can be measured."""
     names = [workload.name for workload in WORKLOADS]
     parser = argparse.ArgumentParser(description="Measure what lockstep gains on a GPU.")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds, at least 5 for a figure")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help=f"rounds, at least {FEWEST_ROUNDS} for a figure"
+    )
     parser.add_argument("--steps", type=int, default=10, help="optimiser steps of a run per round")
     parser.add_argument(
-        "--replicas", type=int, nargs="+", default=[1, 5, 10], help="sizes of a pack"
+        "--replicas", type=int, nargs="+", default=list(REPLICAS), help="sizes of a pack"
     )
     parser.add_argument("--only", nargs="+", default=names, choices=names, help="what to measure")
     add_out(parser, "gpu")
@@ -503,6 +519,20 @@ def main() -> int:
     before = load()
     peak = matmul_peak()
     measured: list[Measured] = []
+
+    def save() -> Path:
+        settings = {
+            "rounds": options.rounds, "steps": options.steps, "replicas": options.replicas,
+            "only": options.only, "measured": list(dict.fromkeys(m.workload.name for m in measured)),
+            "rank": RANK, "dtype": "bfloat16", "load_before": before, "load_after": load(),
+        }  # fmt: skip
+        drawn = any(not each.missing for each in measured)
+        return write(
+            options.out, "gpu", record(measured, peak, settings, options.steps),
+            picture(measured, options.steps) if drawn else None, whole=is_whole(measured),
+        )  # fmt: skip
+
+    file = None
     for workload in (each for each in WORKLOADS if each.name in options.only):
         found = []
         for replicas in options.replicas:
@@ -510,15 +540,7 @@ def main() -> int:
                 found.append(measure(workload, replicas, options.rounds, options.steps))
         measured += found
         print_measured(console, found, peak, options.steps)
-        settings = {
-            "rounds": options.rounds, "steps": options.steps, "rank": RANK, "dtype": "bfloat16",
-            "load_before": before, "load_after": load(),
-        }  # fmt: skip
-        drawn = any(not each.missing for each in measured)
-        write(
-            options.out, "gpu", record(measured, peak, settings, options.steps),
-            picture(measured, options.steps) if drawn else None,
-        )  # fmt: skip
+        file = save()  # after every workload, so that an interrupted measurement is not lost
     about = machine()
     console.print(
         f"{torch.cuda.get_device_name()}, {peak / 1e12:.0f} TFLOP/s in a product of bfloat16 matrices; "
@@ -526,6 +548,7 @@ def main() -> int:
         f"(range) of {options.rounds} rounds of {options.steps} steps",
         highlight=False,
     )
+    console.print(f"written to {file}", highlight=False)
     return 0
 
 

@@ -10,9 +10,11 @@ optimiser, the audit of noise (first and last step of every sigma).
 
 A round takes every configuration in turn, in an order of its own: pairs of one plain step and one step
 with the injection, one right after the other, each first in every other pair. The ratio of the round is
-the median of the ratios of its pairs; reported are the median of the rounds, the least and the most. The
-clock is the CPU time of the process, which with one thread is the wall time of a core of its own; the same
-from the wall clock is reported beside it.
+the median of the ratios of its pairs; reported are the median of the rounds, the least and the most. A
+target is met where all rounds are at or below it, missed where all are above it, and otherwise neither:
+the range holds it, and the word says on which side the median is. The clock is the CPU time of the process,
+which with one thread is the wall time of a core of its own; the same from the wall clock is reported beside
+it.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 import torch
-from _common import add_out, load, machine, write
+from _common import FEWEST_ROUNDS, Spread, add_out, coloured, load, machine, verdict, write
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -241,9 +243,12 @@ def _median(values: Iterable[float]) -> float:
 # -- report -----------------------------------------------------------------------------------------
 
 
-def verdict(ratio: float, target: float | None) -> str:
-    """Return whether a target is met, as a word."""
-    return "" if target is None else "met" if ratio <= target else "missed"
+def word(case: Case, figures: Figures) -> str:
+    """Return whether the target of a configuration is met; "" where it has none."""
+    if case.target is None:
+        return ""
+    value = Spread(figures.ratio, figures.least, figures.most)
+    return verdict(value, case.target, at_most=True)
 
 
 def print_table(console: Console, cases: Sequence[Case], figures: dict[str, Figures]) -> None:
@@ -255,12 +260,10 @@ def print_table(console: Console, cases: Sequence[Case], figures: dict[str, Figu
     table.add_column("verdict", no_wrap=True)
     for case in cases:
         f = figures[case.name]
-        word = verdict(f.ratio, case.target)
-        colour = {"met": "green", "missed": "red", "": "none"}[word]
         target = "" if case.target is None else f"{case.target:.2f}"
         table.add_row(
-            case.name, f"{f.ratio:.3f}", f"{f.least:.2f} - {f.most:.2f}", f"{f.wall_ratio:.3f}",
-            f"{f.milliseconds:.1f}", target, f"[{colour}]{word}[/]",
+            case.name, f"{f.ratio:.3f}", f"{f.least:.3f} - {f.most:.3f}", f"{f.wall_ratio:.3f}",
+            f"{f.milliseconds:.1f}", target, coloured(word(case, f)),
         )  # fmt: skip
     console.print(table)
 
@@ -292,7 +295,7 @@ def picture(cases: Sequence[Case], figures: dict[str, Figures]) -> str:
             )
     for number, case in enumerate(cases):
         f, y = figures[case.name], top + height * number
-        fill = "#c44" if verdict(f.ratio, case.target) == "missed" else "#48a"
+        fill = "#c44" if word(case, f) == "missed" else "#48a"
         start, end = sorted((at(1.0), at(f.ratio)))
         parts += [
             f'<text x="{left - 8}" y="{y + 15}" text-anchor="end">{escape(case.name)}</text>',
@@ -318,7 +321,7 @@ def record(
                 "name": case.name,
                 "what": case.what,
                 "target": case.target,
-                "verdict": verdict(figures[case.name].ratio, case.target),
+                "verdict": word(case, figures[case.name]),
                 **figures[case.name]._asdict(),
             }
             for case in cases
@@ -326,11 +329,21 @@ def record(
     }
 
 
+def is_whole(figures: dict[str, Figures]) -> bool:
+    """Return whether every configuration was measured, often enough."""
+    return set(figures) == {case.name for case in CASES} and all(
+        len(each.rounds) >= FEWEST_ROUNDS for each in figures.values()
+    )
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description="Measure what injection costs.")
     parser.add_argument(
-        "--rounds", type=int, default=9, help="rounds, at least 5 for a figure to keep"
+        "--rounds",
+        type=int,
+        default=9,
+        help=f"rounds, at least {FEWEST_ROUNDS} for a figure to keep",
     )
     parser.add_argument("--pairs", type=int, default=8, help="steps with and without, per round")
     parser.add_argument("--only", nargs="+", default=[], help="names of configurations")
@@ -342,6 +355,8 @@ def main() -> None:
         parser.error(f"--rounds and --pairs are at least 1, --only takes of {names}")
     cases = [case for case in CASES if not options.only or case.name in options.only]
     console = Console()
+    if not console.is_terminal:
+        console.width = 120
     before = load()
     bench = Bench()
 
@@ -369,11 +384,14 @@ def main() -> None:
         highlight=False,
     )
     settings = {
-        "rounds": options.rounds, "pairs": options.pairs, "rows": ROWS, "tokens": bench.tokens,
+        "rounds": options.rounds, "pairs": options.pairs, "only": options.only,
+        "measured": list(figures), "rows": ROWS, "tokens": bench.tokens,
         "layers": bench.book.layer_count, "load_before": before, "load_after": after,
     }  # fmt: skip
     found = record(cases, figures, settings)
-    write(options.out, "injection", found, picture(cases, figures), whole=not options.only)
+    drawn = picture(cases, figures)
+    file = write(options.out, "injection", found, drawn, whole=is_whole(figures))
+    console.print(f"written to {file}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -6,26 +6,36 @@ The work: two configs of five seeds each, on a 28-layer model; noise on hidden s
 layer, config 2: the faulty layer), a dead zone at the output of layer 10, clipping, AdamW. The same work
 is done by two Ray actors of one thread each, one config per actor, in one of these ways:
 
-loops    a plain transformers + peft loop per run, one run after another; fused AdamW, forward hooks.
-trainer  the same with transformers' Trainer.
-packs    ours: one `ReplicaPack` of five replicas.
-compiled the same with compiled decoder layers. What compiling took is reported apart, and it was cold: an
-         empty cache, and nothing that these actors had compiled before.
+loops           a plain transformers + peft loop per run, one run after another; fused AdamW, forward hooks.
+loops compiled  the same with torch.compile on every decoder layer, hooks outside, options as ours.
+trainer         the loop by transformers' Trainer, which logs nothing.
+packs           ours: one `ReplicaPack` of five replicas.
+packs compiled  the same with compiled decoder layers.
+
+Each reads the loss of every step back. What compiling took is reported apart, and it was cold: an empty
+cache of each way's own, and nothing that these actors had compiled before. What compiling gains is no gain
+of lockstep: beside the ratio of plain loops to compiled packs stand those of like to like.
 
 Every way builds its models from the same arrays inside the timed span; imports and the start of Ray are
 outside, every actor has done a short run before. The ways take turns, each in actors of its own. Equal on
 both sides: weights, adapters at the start, rows of every step, learning rate, loss (mean over the answer
 tokens of the batch), noise level and fault at each step. What differs: loops and trainer draw noise from
 torch's global generator, ours from keyed streams; ours also hashes the frozen weights and measures the noise
-it injects. The losses of the steps before the first noise must agree; the largest difference is printed.
+it injects. In every round the losses of every way over the steps before the first noise are held against
+the loops of the first round: four fifths of the runs must agree within 2e-5 nats at every step, the rest
+within 5e-3, as a value at the edge of the dead zone may fall to either side. Where they do not, the work was
+not the same and the command ends with 1.
 
-Memory is measured apart, once for each way, in a fresh process: the peak of one run by loop or Trainer, or
-of a pack of five, less what the process held before the model was built, for each replica. A model of one
-layer has been trained in the same way before that: libraries take memory when they are first used.
+Memory is measured apart, three times for each way and Trainer, in turns, each in a fresh process: the peak
+of one run by loop or Trainer, or of a pack of five, less what the process held before the model was built,
+for each replica. Libraries take memory when they are first used, so every process has trained a model of two
+layers before: one run by loop, one by Trainer and a pack of five; for a compiled way that way too, whose code
+is in the cache by then. What this freed is handed back to the system first.
 
-What is measured is written after every workload, so that an interrupted run is not lost. `--only` takes
-names of workloads, and `arithmetic` for where the rest of a step goes: the matrix products of a step alone,
-each timed at its own shape, beside the step, and its time by kind of operation.
+After every workload what is measured is written to `replicas.part.json`, and to `replicas.json` when it is
+all, in at least five rounds. `--only` takes names of workloads, and `arithmetic` for where the rest of a
+step goes: the matrix products of a step alone, each timed at its own shape, beside the step, and its time by
+kind of operation.
 """
 
 from __future__ import annotations
@@ -33,15 +43,17 @@ from __future__ import annotations
 import argparse
 import gc
 import math
+import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from _common import (
     FAULTY_LAYER,
+    FEWEST_ROUNDS,
     Bar,
     Clock,
     Prepared,
@@ -50,12 +62,14 @@ from _common import (
     add_out,
     bars,
     best_of,
+    coloured,
     configs,
     load,
     machine,
     peak_above,
     prepare,
     spread,
+    verdict,
     write,
 )
 from rich.console import Console
@@ -72,23 +86,37 @@ from aqn_tune.training.streams import BatchOrder, keyed_generator
 SEEDS = 5
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
+LOOPS, LOOPS_COMPILED, TRAINER = "loops", "loops compiled", "trainer"
+PACKS, PACKS_COMPILED = "packs", "packs compiled"
+COMPILED = {LOOPS_COMPILED: LOOPS, PACKS_COMPILED: PACKS}
+"""The ways that compile, each with what it is without."""
+TOGETHER = (PACKS, PACKS_COMPILED)
+"""The ways that hold all seeds of a config at a time; the others hold one run."""
+WARM_UP = (LOOPS, TRAINER, PACKS)
+"""What a process does before its memory is measured, whatever is measured."""
+
 XS = Workload("XS")
 S = Workload("S", rows=8, tokens=32, rank=32)
 STUDY = Workload("study", rows=16, tokens=64, vocabulary=384, embedded=True)
 L = Workload("L", rows=8, tokens=64, rank=16, hidden=128, intermediate=256, vocabulary=512)
 FULL = Workload("XS-full", rank=None)
 WORKLOADS: dict[Workload, tuple[str, ...]] = {
-    XS: ("loops", "trainer", "packs", "compiled"),
-    S: ("loops", "trainer", "packs"),
-    STUDY: ("loops", "packs", "compiled"),
-    L: ("loops", "packs"),
-    FULL: ("loops", "packs"),
+    XS: (LOOPS, LOOPS_COMPILED, TRAINER, PACKS, PACKS_COMPILED),
+    S: (LOOPS, TRAINER, PACKS),
+    STUDY: (LOOPS, LOOPS_COMPILED, PACKS, PACKS_COMPILED),
+    L: (LOOPS, PACKS),
+    FULL: (LOOPS, PACKS),
 }
 ARITHMETIC = "arithmetic"
+TAKEN_APART = (XS, STUDY)
 FEWEST_STEPS = 12
 """Fewer leave stages without a step."""
-TOGETHER = ("packs", "compiled")
-"""The ways that hold all seeds of a config at a time; the others hold one run."""
+REPETITIONS = 3
+"""How often the memory of a way is measured."""
+ALIKE, TYPICAL, FURTHEST = 0.8, 2e-5, 5e-3
+"""Before the first noise this share of the runs must be alike within so many nats, and the others within so
+many. In float32 sums in another order come to some 1e-6, and to some 1e-4 in a run in which they move a value
+over the edge of the dead zone."""
 
 
 # -- the ways to train ------------------------------------------------------------------------------
@@ -152,10 +180,20 @@ def adamw(parameters: Sequence[nn.Parameter], run: Run) -> torch.optim.AdamW:
     )
 
 
-def run_loop(prepared: Prepared, run: Run) -> list[float]:
+def compile_layers(model: nn.Module) -> None:
+    """Compile every decoder layer as `training.compile` does; hooks on the layers stay outside."""
+    for layer in decoder_layers(model):
+        layer.forward = torch.compile(  # type: ignore[method-assign]
+            layer.forward, fullgraph=True, dynamic=False, options={"cpp_wrapper": True}
+        )
+
+
+def run_loop(prepared: Prepared, run: Run, *, compiles: bool = False) -> list[float]:
     """Train one run in a plain loop; return its losses."""
     spec, data = run.training, prepared.data
     model = trainable(prepared, run)
+    if compiles:
+        compile_layers(model)
     now = [0]
     noise_and_fault(model, run, lambda: now[0])
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -166,13 +204,14 @@ def run_loop(prepared: Prepared, run: Run) -> list[float]:
     for step in range(spec.steps):
         now[0] = step
         rows = order.indices(run.seed, step)
+        optimizer.zero_grad()
         loss = model(input_ids=data.tokens[rows], labels=labels[rows], use_cache=False).loss
         losses.append(loss.item())
-        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, spec.max_grad_norm)
         optimizer.param_groups[0]["lr"] = learning_rate(spec, step)
         optimizer.step()
+        del loss  # its graph would live on through the next forward pass
     return losses
 
 
@@ -191,6 +230,14 @@ def run_trainer(prepared: Prepared, run: Run) -> list[float]:
         optimizer,
         lambda step: learning_rate(spec, min(step, spec.steps - 1)) / spec.learning_rate,
     )
+    losses: list[float] = []
+
+    class Reading(Trainer):  # type: ignore[misc]
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            loss: Tensor = super().training_step(*args, **kwargs)
+            losses.append(loss.item())
+            return loss
+
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -198,8 +245,7 @@ def run_trainer(prepared: Prepared, run: Run) -> list[float]:
             per_device_train_batch_size=spec.batch_size,
             train_sampling_strategy="sequential",
             max_grad_norm=spec.max_grad_norm,
-            logging_strategy="steps",
-            logging_steps=1,
+            logging_strategy="no",
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -207,16 +253,16 @@ def run_trainer(prepared: Prepared, run: Run) -> list[float]:
             dataloader_pin_memory=False,
             log_level="error",
         )
-        trainer = Trainer(
-            model=model,  # type: ignore[arg-type]
+        trainer = Reading(
+            model=model,
             args=arguments,
-            train_dataset=dataset,  # type: ignore[arg-type]
+            train_dataset=dataset,
             optimizers=(optimizer, schedule),
         )
         noise_and_fault(model, run, lambda: trainer.state.global_step)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses
 
 
 def run_packs(prepared: Prepared, runs: Sequence[Run]) -> list[list[float]]:
@@ -236,15 +282,18 @@ def compiled(runs: Sequence[Run]) -> list[Run]:
 
 def train(way: str, prepared: Prepared, runs: Sequence[Run]) -> list[list[float]]:
     """Train runs in one of the ways; return the losses of each."""
-    if way == "packs":
-        return run_packs(prepared, runs)
-    if way == "compiled":
-        return run_packs(prepared, compiled(runs))
-    one = {"loops": run_loop, "trainer": run_trainer}[way]
-    return [one(prepared, run) for run in runs]
+    if way in TOGETHER:
+        return run_packs(prepared, compiled(runs) if way in COMPILED else runs)
+    if way == TRAINER:
+        return [run_trainer(prepared, run) for run in runs]
+    return [run_loop(prepared, run, compiles=way in COMPILED) for run in runs]
 
 
 # -- timing -----------------------------------------------------------------------------------------
+
+
+Losses = list[list[float]]
+"""Of every run, at every step."""
 
 
 class Timed(NamedTuple):
@@ -252,7 +301,7 @@ class Timed(NamedTuple):
 
     wall: float
     cpu: float
-    losses: list[list[float]]
+    losses: Losses
 
 
 class Worker:
@@ -278,7 +327,8 @@ class Worker:
 
     def held(self, way: str, small: Prepared, warm: Sequence[Run], runs: Sequence[Run]) -> float:
         """Return the peak MB of `runs` above this process, which is fresh; `warm` are runs of `small`."""
-        train(way, small, warm)
+        for each in dict.fromkeys((*WARM_UP, way)):
+            train(each, small, warm if each in TOGETHER else warm[:1])
         for array in self._prepared.base.values():
             array.sum()  # shared by all processes, and counted in each that has read it
         return peak_above(lambda: train(way, self._prepared, runs))
@@ -305,6 +355,21 @@ class Round(NamedTuple):
     actors: tuple[float, ...]
     """Wall seconds of each."""
     load: float
+    """Of the last minute, when it had ended."""
+
+
+class Apart(NamedTuple):
+    """How far the losses of one way in one round are from those of the loops."""
+
+    runs: int
+    alike: int
+    """Runs of which no loss is further than `TYPICAL`."""
+    furthest: float
+    """Largest difference of a loss."""
+
+    def agrees(self) -> bool:
+        """Return whether both did the same work, but for rounding and what follows from it."""
+        return self.alike >= ALIKE * self.runs and self.furthest <= FURTHEST
 
 
 class Measured(NamedTuple):
@@ -313,21 +378,44 @@ class Measured(NamedTuple):
     workload: Workload
     steps: int
     rounds: dict[str, list[Round]]
-    difference: float
-    """Largest difference of a loss between ours and the loops, over the steps before the first noise."""
+    apart: dict[str, list[Apart]]
+    """By way and round, how far it is from the loops of the first round before the first noise."""
     final: dict[str, float]
-    """Mean loss over the last five steps of all runs."""
+    """Mean loss over the last five steps of all runs, in the last round."""
     k_scaling: list[float]
     """XS: CPU time per replica-step at K = 10 over that at K = 1, each round."""
-    cold_compile: float
-    """Wall seconds that the first compiled pack took, two steps included; 0 without one."""
-    memory: dict[str, float]
-    """Peak MB of one replica by way, above the process before the model was built."""
+    cold_compile: dict[str, float]
+    """By way that compiles, the wall seconds of its first two steps of every run."""
+    memory: dict[str, list[float]]
+    """Peak MB of one replica by way, above the process before the model was built, each repetition."""
 
-    def ratios(self, way: str, what: str = "cpu") -> Spread:
-        """Return how many times less than the loops a way takes, round by round."""
-        pairs = zip(self.rounds["loops"], self.rounds[way], strict=True)
+    def ratios(self, way: str, what: str = "cpu", of: str = LOOPS) -> Spread:
+        """Return how many times less than `of` a way takes, round by round."""
+        pairs = zip(self.rounds[of], self.rounds[way], strict=True)
         return spread([getattr(one, what) / getattr(other, what) for one, other in pairs])
+
+    def shares(self, way: str, of: str) -> Spread:
+        """Return the memory of one replica of a way as a multiple of that of another, by repetition."""
+        pairs = zip(self.memory[way], self.memory[of], strict=True)
+        return spread([one / other for one, other in pairs])
+
+    def compiled_ratios(self) -> dict[tuple[str, str], Spread]:
+        """Return the CPU time of one way over another: what compiling gains, and lockstep over it."""
+        if not set(COMPILED) <= set(self.rounds):
+            return {}
+        pairs = (
+            *((plain, way) for way, plain in COMPILED.items()),
+            (LOOPS_COMPILED, PACKS_COMPILED),
+        )
+        return {(one, other): self.ratios(other, of=one) for one, other in pairs}
+
+    def agrees(self) -> bool:
+        """Return whether all ways did the same work in every round."""
+        return all(apart.agrees() for rounds in self.apart.values() for apart in rounds)
+
+    def loads(self) -> Spread:
+        """Return the load over all ways and rounds."""
+        return spread([one.load for rounds in self.rounds.values() for one in rounds])
 
     def of(self, way: str, what: str) -> Spread:
         """Return one column of a way."""
@@ -345,27 +433,26 @@ def measure(
     both = configs(workload, steps, SEEDS)
     shared = ray.put(prepared)
     say(f"{workload.name}: starting actors")
-    actor = actor_of(folder / f"{workload.name}-compiled")
-    actors = {way: [actor.remote(shared) for _ in both] for way in ways}
-    other = actor.remote(shared) if workload == XS else None
+    kinds = {way: actor_of(folder, workload, way) for way in (*ways, TRAINER)}
+    actors = {way: [kinds[way].remote(shared) for _ in both] for way in ways}
+    other = kinds[PACKS].remote(shared) if workload == XS else None
     short = configs(workload, 2, 1)
     ray.get(
         [
-            a.timed.remote("packs" if way == "compiled" else way, runs)
+            a.timed.remote(COMPILED.get(way, way), runs)
             for way in ways
             for a, runs in zip(actors[way], short, strict=True)
         ]
     )
-    cold_compile = 0.0
-    if "compiled" in ways:
-        say(f"{workload.name}: compiling")
-        whole = configs(workload, 2, SEEDS)
+    cold_compile = {}
+    for way in (way for way in ways if way in COMPILED):
+        say(f"{workload.name}: compiling, {way}")
+        pairs = zip(actors[way], configs(workload, 2, SEEDS), strict=True)
         clock = Clock()
-        pairs = zip(actors["compiled"], whole, strict=True)
-        ray.get([a.timed.remote("compiled", runs) for a, runs in pairs])
-        cold_compile = clock.read()[0]
+        ray.get([a.timed.remote(way, runs) for a, runs in pairs])
+        cold_compile[way] = clock.read()[0]
     found: dict[str, list[Round]] = {way: [] for way in ways}
-    losses: dict[str, list[list[float]]] = {}
+    losses: dict[str, list[Losses]] = {way: [] for way in ways}
     k_scaling = []
     for number in range(rounds):
         turn = number % len(ways)
@@ -383,7 +470,7 @@ def measure(
                     load=load()[0],
                 )
             )
-            losses[way] = [row for each in timed for row in each.losses]
+            losses[way].append([row for each in timed for row in each.losses])
         if other is not None:
             say(f"{workload.name}: round {number + 1} of {rounds}, K = 10 and K = 1")
             sizes = [[run for runs in both for run in runs], both[0][:1]]
@@ -393,10 +480,7 @@ def measure(
     for each in (*(each for way in ways for each in actors[way]), other):
         if each is not None:
             ray.kill(each)
-    held = {}
-    for way in ways:
-        say(f"{workload.name}: memory, {way}")
-        held[way] = memory_of(way, workload, shared, folder, actor)
+    held = memory_of(workload, shared, folder, kinds, say)
     noise = both[0][0].noise
     assert noise is not None
     quiet = next(step for step, sigma in enumerate(noise.sigma) if sigma)
@@ -404,37 +488,68 @@ def measure(
         workload,
         steps,
         found,
-        max(
-            abs(one - other)
-            for ours, theirs in zip(losses["packs"], losses["loops"], strict=True)
-            for one, other in zip(ours[:quiet], theirs[:quiet], strict=True)
-        ),
-        {way: _mean([loss for row in rows for loss in row[-5:]]) for way, rows in losses.items()},
+        compare(losses, quiet),
+        {way: _mean([x for row in rounds[-1] for x in row[-5:]]) for way, rounds in losses.items()},
         k_scaling,
         cold_compile,
         held,
     )
 
 
-def actor_of(cache: Path) -> Any:
-    """Return `Worker` as an actor whose compiler keeps what it makes in a folder of its own."""
+def compare(losses: Mapping[str, Sequence[Losses]], quiet: int) -> dict[str, list[Apart]]:
+    """Hold the losses of the first `quiet` steps of every way in every round against those of the loops.
+
+    The loops are those of the first round, so that the loops of every other round are held to them too.
+    """
+    reference = losses[LOOPS][0]
+    return {
+        way: [_apart(one, reference, quiet) for one in rounds] for way, rounds in losses.items()
+    }
+
+
+def _apart(losses: Losses, reference: Losses, quiet: int) -> Apart:
+    furthest = []
+    for ours, theirs in zip(losses, reference, strict=True):
+        pairs = [*zip(ours, theirs, strict=True)][:quiet]
+        differences = [abs(one - other) for one, other in pairs]
+        is_number = all(math.isfinite(each) for each in differences)
+        furthest.append(max(differences) if is_number else math.inf)
+    return Apart(len(furthest), sum(each <= TYPICAL for each in furthest), max(furthest))
+
+
+def actor_of(folder: Path, workload: Workload, way: str) -> Any:
+    """Return `Worker` as an actor whose compiler keeps what it makes in a folder of its way's own."""
     import ray
 
+    cache = folder / f"{workload.name}-{way.replace(' ', '-')}-compiled"
     environment = {"env_vars": {**THREADS, "TORCHINDUCTOR_CACHE_DIR": str(cache)}}
     return ray.remote(num_cpus=0, runtime_env=environment)(Worker)
 
 
-def memory_of(way: str, workload: Workload, shared: Any, folder: Path, actor: Any) -> float:
-    """Return the peak MB of one replica of a way, above its process; `shared` is the workload, prepared."""
+def memory_of(
+    workload: Workload,
+    shared: Any,
+    folder: Path,
+    kinds: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> dict[str, list[float]]:
+    """Return the peak MB of one replica above its process by way; `shared` is the workload, prepared."""
     import ray
 
-    size = SEEDS if way in TOGETHER else 1
-    small = workload._replace(name=f"{workload.name}-small", layers=1, embedded=False)
-    warm, runs = (configs(each, FEWEST_STEPS, size)[0] for each in (small, workload))
-    worker = actor.remote(shared)
-    peak: float = ray.get(worker.held.remote(way, prepare(small, folder), warm, runs))
-    ray.kill(worker)
-    return peak / size
+    # Two layers: the first gets no gradient of its input, and is another compiled function.
+    small = workload._replace(name=f"{workload.name}-small", layers=2, embedded=False)
+    warm, runs = (configs(each, FEWEST_STEPS, SEEDS)[0] for each in (small, workload))
+    prepared = prepare(small, folder)
+    held: dict[str, list[float]] = {way: [] for way in kinds}
+    for number in range(REPETITIONS):
+        for way in held:
+            say(f"{workload.name}: memory {number + 1} of {REPETITIONS}, {way}")
+            size = SEEDS if way in TOGETHER else 1
+            worker = kinds[way].remote(shared)
+            peak: float = ray.get(worker.held.remote(way, prepared, warm, runs[:size]))
+            ray.kill(worker)
+            held[way].append(peak / size)
+    return held
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -606,70 +721,66 @@ def profile(pack: ReplicaPack, steps: int) -> dict[str, float]:
 
 
 class Floor(NamedTuple):
-    """A figure that the engine has to reach."""
+    """A figure that the engine has to reach, or one that stands beside it."""
 
     what: str
     wanted: str
     got: str
-    met: bool | None
-    """None where it cannot be said."""
+    verdict: str
+    """Empty where nothing is wanted."""
+
+
+def at_least(what: str, got: Spread, wanted: float) -> Floor:
+    """Return a figure that has to be at least so much over its whole range."""
+    return Floor(what, f">= {wanted:g}", got.text(2), verdict(got, wanted, at_most=False))
+
+
+def at_most(what: str, got: Spread, wanted: float) -> Floor:
+    """Return a figure that has to be at most so much over its whole range."""
+    return Floor(what, f"<= {wanted:g}", got.text(2), verdict(got, wanted, at_most=True))
 
 
 def floors(measured: Sequence[Measured]) -> list[Floor]:
-    """Return what is demanded of the smallest workload, and whether it is met."""
-    of_full = [
-        Floor("full fine-tuning: CPU seconds, loops / packs", ">= 2.0", ratio.text(2), ratio.median >= 2.0)
-        for ratio in (each.ratios("packs") for each in measured if each.workload == FULL)
-    ]  # fmt: skip
-    of_memory = [
-        Floor(
-            f"{'LoRA' if each.workload == XS else 'full'}, {way}: memory of a replica in a pack of {SEEDS} / "
-            "of one loop", "<= 1.2", f"{share:.2f}", share <= 1.2,
-        )
-        for each in measured if each.workload in (XS, FULL)
-        for way, share in memory_shares(each).items()
-    ]  # fmt: skip
-    found = next((each for each in measured if each.workload == XS), None)
-    if found is None:
-        return [*of_full, *of_memory]
-    cpu, wall = found.ratios("packs", "cpu"), found.ratios("packs", "wall")
+    """Return what is demanded of XS and of full fine-tuning, and whether it is met."""
+    found: list[Floor] = []
+    for each in measured:
+        if each.workload == XS:
+            found += _floors_of_xs(each)
+        if each.workload == FULL:
+            ratio = each.ratios(PACKS)
+            found.append(at_least("full fine-tuning: CPU seconds, loops / packs", ratio, 2.0))
+        if each.workload in (XS, FULL):
+            method = "LoRA" if each.workload == XS else "full"
+            for way in (way for way in each.rounds if way in TOGETHER):
+                what = f"{method}, {way}: memory of a replica in a pack of {SEEDS} / of one"
+                found.append(at_most(f"{what} loop", each.shares(way, LOOPS), 1.2))
+                beside = each.shares(way, TRAINER).text(2)
+                found.append(Floor(f"{what} run by Trainer", "", beside, ""))
+    return found
+
+
+def _floors_of_xs(found: Measured) -> list[Floor]:
     alone = spread(
         [
             sum(one.actors) / other.wall
-            for one, other in zip(found.rounds["loops"], found.rounds["packs"], strict=True)
+            for one, other in zip(found.rounds[LOOPS], found.rounds[PACKS], strict=True)
         ]
     )
-    faster = found.ratios("compiled")
-    ratio = spread(found.k_scaling)
     return [
-        Floor("CPU seconds, loops / packs", ">= 3.0", cpu.text(2), cpu.median >= 3.0),
-        Floor("wall, loops / packs", ">= 3.0", wall.text(2), wall.median >= 3.0),
-        Floor(
-            "wall, all loops in one process / packs (sum of the two actors of the loops)",
-            ">= 6", alone.text(2), alone.median >= 6,
+        at_least("CPU seconds, loops / packs", found.ratios(PACKS), 3.0),
+        at_least("wall, loops / packs", found.ratios(PACKS, "wall"), 3.0),
+        at_least("wall, all loops one after another / packs on two actors", alone, 6.0),
+        at_least(
+            "CPU seconds, loops without compiling / packs compiled",
+            found.ratios(PACKS_COMPILED),
+            4.0,
         ),
-        Floor("CPU seconds, the gate of an automatic check", ">= 2.5", cpu.text(2), cpu.median >= 2.5),
-        Floor(
-            f"CPU seconds, loops / compiled packs (compiling, cold: {found.cold_compile:.0f} s apart)",
-            ">= 4.0", faster.text(2), faster.median >= 4.0,
+        *(
+            Floor(f"CPU seconds, {one} / {other}", "", ratio.text(2), "")
+            for (one, other), ratio in found.compiled_ratios().items()
         ),
-        Floor(
-            "cost of a replica-step, K = 10 / K = 1", "<= 0.5", ratio.text(2), ratio.median <= 0.5
-        ),
-        *of_full,
-        *of_memory,
-    ]  # fmt: skip
-
-
-def memory_shares(measured: Measured) -> dict[str, float]:
-    """Return what a replica of a pack holds, as a multiple of what one loop holds."""
-    one = measured.memory["loops"]
-    return {way: held / one for way, held in measured.memory.items() if way in TOGETHER}
-
-
-def word(floor: Floor) -> str:
-    """Return whether a floor is met, as a word."""
-    return {True: "met", False: "not met", None: "-"}[floor.met]
+        at_most("cost of a replica-step, K = 10 / K = 1", spread(found.k_scaling), 0.5),
+    ]
 
 
 def print_measured(console: Console, measured: Measured) -> None:
@@ -677,7 +788,7 @@ def print_measured(console: Console, measured: Measured) -> None:
     work = measured.steps * SEEDS * 2
     table = Table(title=f"{measured.workload.name}: {measured.workload.about()}")
     for heading in (
-        "way", "seconds", "CPU seconds", "x wall", "x CPU", "steps/s", "MB", "loss",
+        "way", "seconds", "CPU seconds", "x wall", "x CPU", "steps/s", "loss",
     ):  # fmt: skip
         justify = "left" if heading == "way" else "right"
         table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
@@ -685,28 +796,56 @@ def print_measured(console: Console, measured: Measured) -> None:
         wall = measured.of(way, "wall")
         table.add_row(
             way, wall.text(), measured.of(way, "cpu").text(), measured.ratios(way, "wall").text(2),
-            measured.ratios(way).text(2), f"{work / wall.median:.1f}",
-            f"{measured.memory[way]:.1f}", f"{measured.final[way]:.3f}",
+            measured.ratios(way).text(2), f"{work / wall.median:.1f}", f"{measured.final[way]:.3f}",
         )  # fmt: skip
     console.print(table)
-    console.print(
-        "median (range) of the rounds; x: times less than loops; steps/s: replica-steps a second; MB: peak "
-        "of one replica above its process; loss: of the last 5 steps\n"
-        f"largest difference of a loss before the first noise, packs against loops: "
-        f"{measured.difference:.1e}; load {min(r.load for r in measured.rounds['packs'])} to "
-        f"{max(r.load for r in measured.rounds['packs'])}",
-        highlight=False,
-    )
+    loads = measured.loads()
+    compared = [apart for rounds in measured.apart.values() for apart in rounds]
+    lines = [
+        "median (range) of the rounds; x: times less than loops; steps/s: replica-steps a second; loss: of "
+        "the last 5 steps",
+        *(
+            f"CPU seconds, {one} / {other}: {ratio.text(2)}"
+            for (one, other), ratio in measured.compiled_ratios().items()
+        ),
+        *(f"compiling, cold, {way}: {wall:.0f} s" for way, wall in measured.cold_compile.items()),
+        f"load {loads.least} to {loads.most} over all ways and rounds, two of it the benchmark's own actors",
+        f"before the first noise, all ways and rounds: at least {min(each.alike for each in compared)} of "
+        f"{compared[0].runs} runs within {TYPICAL:g} nats of the loops, all within "
+        f"{max(each.furthest for each in compared):.1e}",
+    ]
+    console.print("\n".join(lines), highlight=False)
+    if not measured.agrees():
+        wrong = [
+            f"{way} in round {number + 1} ({apart.alike} of {apart.runs} alike, {apart.furthest:.1e})"
+            for way, rounds in measured.apart.items()
+            for number, apart in enumerate(rounds)
+            if not apart.agrees()
+        ]
+        console.print(f"[red]not the same work as loops: {', '.join(wrong)}[/]", highlight=False)
+    print_memory(console, measured)
+
+
+def print_memory(console: Console, measured: Measured) -> None:
+    """Print what one replica of each way holds, against one run by loop and by Trainer."""
+    table = Table(title=f"{measured.workload.name}: peak memory of one replica above its process")
+    for heading in ("way", "MB", "/ loops", "/ trainer"):
+        table.add_column(heading, justify="left" if heading == "way" else "right", no_wrap=True)
+    for way, peaks in measured.memory.items():
+        table.add_row(
+            way, spread(peaks).text(), measured.shares(way, LOOPS).text(2),
+            measured.shares(way, TRAINER).text(2),
+        )  # fmt: skip
+    console.print(table)
 
 
 def print_floors(console: Console, found: Sequence[Floor]) -> None:
     """Print one line per floor."""
-    table = Table(title="What is demanded of XS")
+    table = Table(title="What is demanded, and what stands beside it")
     for heading in ("figure", "wanted", "got: median (range)", ""):
         table.add_column(heading)
     for floor in found:
-        colour = {True: "green", False: "red", None: "none"}[floor.met]
-        table.add_row(floor.what, floor.wanted, floor.got, f"[{colour}]{word(floor)}[/]")
+        table.add_row(floor.what, floor.wanted, floor.got, coloured(floor.verdict))
     console.print(table)
 
 
@@ -737,14 +876,16 @@ def print_arithmetic(console: Console, found: Arithmetic) -> None:
 
 def picture(measured: Sequence[Measured]) -> str:
     """Return the CPU time per replica-step of every way as bars."""
-    colours = {"loops": "#c73", "trainer": "#a5a", "packs": "#48a", "compiled": "#285"}
+    colours = {
+        LOOPS: "#c73", LOOPS_COMPILED: "#a84", TRAINER: "#a5a", PACKS: "#48a", PACKS_COMPILED: "#285",
+    }  # fmt: skip
     groups = []
     for each in measured:
         scale = 1e3 / (each.steps * SEEDS * 2)
         group = []
         for way in each.rounds:
             value = Spread(*(scale * figure for figure in each.of(way, "cpu")))
-            ratio = "" if way == "loops" else f", {each.ratios(way).median:.2f} x"
+            ratio = "" if way == LOOPS else f", {each.ratios(way).median:.2f} x"
             group.append(Bar(way, value, f"{value.median:.1f} ms{ratio}", colours[way]))
         groups.append((f"{each.workload.name}: {each.workload.about()}", group))
     return bars(
@@ -765,12 +906,26 @@ def record(
             {
                 "name": each.workload.name,
                 "about": each.workload.about(),
-                "loss_difference": each.difference,
+                "agree": each.agrees(),
+                "losses_apart": {
+                    way: [apart._asdict() for apart in rounds] for way, rounds in each.apart.items()
+                },
                 "last_loss": each.final,
                 "k_scaling": each.k_scaling,
                 "cold_compile_seconds": each.cold_compile,
-                "replica_mb": each.memory,
-                "replica_mb_times_loop": memory_shares(each),
+                "load": each.loads()._asdict(),
+                "replica_mb": {
+                    way: {**spread(peaks)._asdict(), "repetitions": peaks}
+                    for way, peaks in each.memory.items()
+                },
+                "replica_mb_over": {
+                    of: {way: each.shares(way, of)._asdict() for way in each.memory}
+                    for of in (LOOPS, TRAINER)
+                },
+                "cpu_compiled": {
+                    f"{one} / {other}": ratio._asdict()
+                    for (one, other), ratio in each.compiled_ratios().items()
+                },
                 "ways": {
                     way: {
                         "wall": each.of(way, "wall")._asdict(),
@@ -797,12 +952,25 @@ def record(
     }
 
 
-def main() -> None:
-    """Measure, print and write."""
+def is_whole(measured: Sequence[Measured], parts: Sequence[Arithmetic]) -> bool:
+    """Return whether everything was measured, often enough."""
+    rounds = [len(rounds) for each in measured for rounds in each.rounds.values()]
+    return (
+        {each.workload for each in measured} == set(WORKLOADS)
+        and {part.workload for part in parts} == set(TAKEN_APART)
+        and min(rounds) >= FEWEST_ROUNDS
+    )
+
+
+def main() -> int:
+    """Measure, print and write; return 1 where the ways did not do the same work."""
     names = [*(workload.name for workload in WORKLOADS), ARITHMETIC]
     parser = argparse.ArgumentParser(description="Measure what lockstep gains.")
     parser.add_argument(
-        "--rounds", type=int, default=5, help="rounds, at least 5 for a figure to keep"
+        "--rounds",
+        type=int,
+        default=5,
+        help=f"rounds, at least {FEWEST_ROUNDS} for a figure to keep",
     )
     parser.add_argument("--steps", type=int, default=40, help="optimiser steps of every run")
     parser.add_argument("--only", nargs="+", default=names, choices=names, help="parts to measure")
@@ -820,15 +988,21 @@ def main() -> None:
     measured: list[Measured] = []
     parts: list[Arithmetic] = []
 
-    def save() -> None:
+    def save() -> Path:
         settings = {
-            "rounds": options.rounds, "steps": options.steps, "seeds": SEEDS, "configs": 2, "actors": 2,
+            "rounds": options.rounds, "steps": options.steps, "only": options.only,
+            "measured": [each.workload.name for each in measured],
+            "taken_apart": [part.workload.name for part in parts],
+            "seeds": SEEDS, "configs": 2, "actors": 2, "memory_repetitions": REPETITIONS,
+            "memory_steps": FEWEST_STEPS,
+            "losses_alike": {"share": ALIKE, "typical": TYPICAL, "furthest": FURTHEST},
             "load_before": before, "load_after": load(),
         }  # fmt: skip
         drawn = picture(measured) if measured else None
-        whole = set(options.only) == set(names)
-        write(options.out, "replicas", record(measured, parts, settings), drawn, whole=whole)
+        found = record(measured, parts, settings)
+        return write(options.out, "replicas", found, drawn, whole=is_whole(measured, parts))
 
+    file = None
     with tempfile.TemporaryDirectory() as name, console.status("starting") as status:
         folder = Path(name)
         if chosen:
@@ -846,14 +1020,14 @@ def main() -> None:
                     measure(workload, options.steps, options.rounds, folder, status.update)
                 )
                 print_measured(console, measured[-1])
-                save()
+                file = save()
             ray.shutdown()
         if ARITHMETIC in options.only:
-            for workload in (XS, STUDY):
+            for workload in TAKEN_APART:
                 status.update(f"{workload.name}: arithmetic")
                 parts.append(arithmetic(workload, SEEDS, folder, max(options.steps // 4, 4)))
                 print_arithmetic(console, parts[-1])
-                save()
+                file = save()
     after = load()
     if found := floors(measured):
         print_floors(console, found)
@@ -862,10 +1036,11 @@ def main() -> None:
         f"{about['cpu']}, {about['cores']} cores, one thread per process, load {before[0]} before and "
         f"{after[0]} after; torch {about['torch']}, transformers {about['transformers']}, peft "
         f"{about['peft']}, ray {about['ray']}; 2 configs x {SEEDS} seeds x {options.steps} steps, "
-        f"{options.rounds} rounds; dead zone at layer {FAULTY_LAYER}",
+        f"rounds: {options.rounds}; dead zone at layer {FAULTY_LAYER}\nwritten to {file}",
         highlight=False,
     )
+    return 0 if all(each.agrees() for each in measured) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

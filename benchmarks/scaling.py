@@ -4,22 +4,25 @@
 
 The pack: `ReplicaPack` with LoRA of rank 8 on all linear layers of a random Qwen2 model, noise on the
 hidden states of every layer, a dead zone at the output of one. The base point is 28 layers, hidden size
-64, 64 tokens per replica and step; one size is changed at a time, each with K = 1, 2, 4, 8 and 16
-replicas. One thread. All packs are built first; a round then takes `--steps` steps of each of them, in an
-order of its own, and counts the fastest; what is reported is the median over the rounds.
+64, 64 tokens per replica and step; one size is changed at a time (heads and the feed-forward part go
+with the hidden size), each with K = 1, 2, 4, 8 and 16 replicas. One thread. All packs are built first; a
+round then takes `--steps` steps of each of them, in an order of its own, and counts the fastest; what is
+reported is the median over the rounds.
 
 Memory is measured in a fresh process for each K: the peak of what is resident, less what was there before
 the model was built. Beside it stands what a replica has to hold, counted: adapters, their gradients and the
-two moments of AdamW; and the activations that the backward pass needs. What is measured above that are holes
-that the allocator leaves between values of different age.
+two moments of AdamW; and the activations that the backward pass needs. What is measured above that was
+not taken apart.
 
-`--only` takes of tokens, layers, hidden and memory.
+`--only` takes of tokens, layers, hidden and memory. A part, which fewer than five rounds are too, is
+written to `scaling.part.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import math
 import multiprocessing
 import random
 import statistics
@@ -30,6 +33,7 @@ from typing import Any, NamedTuple
 
 import torch
 from _common import (
+    FEWEST_ROUNDS,
     Clock,
     Curve,
     Prepared,
@@ -221,6 +225,14 @@ class Result(NamedTuple):
         """Return the CPU milliseconds per replica-step."""
         return spread(self.times[workload, replicas])
 
+    def is_whole(self) -> bool:
+        """Return whether every size was measured, often enough."""
+        return (
+            set(self.sweeps) == set(SWEEPS)
+            and set(self.peaks) == set(MEMORY_SIZES)
+            and all(len(rounds) >= FEWEST_ROUNDS for rounds in self.times.values())
+        )
+
 
 def print_sweep(console: Console, result: Result, name: str) -> None:
     """Print one line per size, one column per K."""
@@ -267,6 +279,8 @@ def picture(result: Result) -> str:
         panels.append((f"CPU ms per replica-step, by {name}", "replicas in the pack, K", lines))
     lines = []
     for size, peaks in result.peaks.items():
+        if math.isnan(sum(peaks.values())):
+            continue
         own = sum(held(SWEEPS["tokens"][size]))
         rest = max(peaks[REPLICAS[0]] - own, 0.0)
         lines.append(Curve(f"{size}", list(peaks.items())))
@@ -311,7 +325,9 @@ def main() -> None:
     """Measure, print and write."""
     names = [*SWEEPS, MEMORY]
     parser = argparse.ArgumentParser(description="Measure what a replica costs in a pack.")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds, at least 5 to keep a figure")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help=f"rounds, at least {FEWEST_ROUNDS} to keep a figure"
+    )
     parser.add_argument("--steps", type=int, default=2, help="steps of a pack in a round")
     parser.add_argument("--only", nargs="+", default=names, choices=names, help="parts to measure")
     add_out(parser, "scaling")
@@ -346,10 +362,13 @@ def main() -> None:
         highlight=False,
     )
     settings = {
-        "rounds": options.rounds, "steps": options.steps, "load_before": before, "load_after": after,
+        "rounds": options.rounds, "steps": options.steps, "only": options.only,
+        "measured": [*result.sweeps, *([MEMORY] if peaks else [])],
+        "load_before": before, "load_after": after,
     }  # fmt: skip
-    whole = set(options.only) == set(names)
-    write(options.out, "scaling", record(result, settings), picture(result), whole=whole)
+    found = record(result, settings)
+    file = write(options.out, "scaling", found, picture(result), whole=result.is_whole())
+    console.print(f"written to {file}", highlight=False)
 
 
 if __name__ == "__main__":

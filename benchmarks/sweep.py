@@ -14,20 +14,22 @@ aqn-tune `aqn-tune run` on a study that declares the same, without a search, rep
 
 Both have two workers of one thread each. A clock runs from the start of a command's process to its end, so
 imports, the start of Ray and the building of models are inside on both sides. The hand-written side is meant
-to be what a careful person writes: batches are padded to their longest row, no mask is handed to attention,
-the optimiser is fused, nothing is logged or saved. The command of the package does more:
-it measures what it injects, hashes the frozen weights, evaluates the untrained base, records every step, and
-writes TensorBoard logs and a report. It does less, too: the clean arm is one training for both scenarios.
+to be what a careful person writes: the rows are tokenized once for all trials, batches are padded to their
+longest row, no mask is handed to attention, the optimiser is fused, the Trainer logs and saves nothing. Tune
+writes what it writes of a trial by default. The command of the package does more: it measures what it
+injects, hashes the frozen weights, evaluates the untrained base, records every step, and writes TensorBoard
+logs and a report. It does less, too: the clean arm is one training for both scenarios.
 
 The rows lie on the disk for the hand-written side, and the package generates them inside its time.
 
 All draw adapters, rows and noise under the same keys, so in every round the losses of both sweeps by hand
-are held against those of the study cell by cell; where any do not agree, the work was not the same and the
-command ends with 1. They are not equal bit for bit: sums are taken in another order, and a value at the edge
-of the dead zone may then fall to either side.
+are held against those of the study, seed by seed and arm by arm; where any do not agree, the work was not
+the same and the command ends with 1. They are not equal bit for bit: sums are taken in another order, and a
+value at the edge of the dead zone may then fall to either side.
 
 A study takes at least six seeds. With fewer `--seeds` the package still trains six and the ratio is against
-it; the cells that both have are compared.
+it; the cells that both have are compared. Before the last round, and with fewer seeds, what is measured is a
+part and written to `sweep.part.json`.
 """
 
 from __future__ import annotations
@@ -382,6 +384,14 @@ def record(
     }
 
 
+def is_whole(swept: Mapping[str, Sequence[Swept]], rounds: int) -> bool:
+    """Return whether every way was measured in every round, and on as many seeds as a study takes."""
+    cells = len(THRESHOLDS) * len(ARMS) * fewest_seeds()
+    return all(
+        len(way) == rounds and all(len(one.cells) >= cells for one in way) for way in swept.values()
+    )
+
+
 def parse() -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description="Time a whole sweep, by hand and as a study.")
@@ -433,17 +443,20 @@ def main() -> int:
             compared += compare_round(swept, number)
             settings = {
                 **{key: value for key, value in vars(options).items() if key != "out"},
-                "workers": WORKERS, "thresholds": THRESHOLDS, "arms": ARMS,
+                "measured_rounds": number + 1, "workers": WORKERS, "thresholds": THRESHOLDS, "arms": ARMS,
                 "load_before": before, "load_after": load(),
             }  # fmt: skip
-            write(options.out, "sweep", record(swept, compared, settings), picture(swept, size))
+            file = write(
+                options.out, "sweep", record(swept, compared, settings), picture(swept, size),
+                whole=is_whole(swept, options.rounds),
+            )  # fmt: skip
     print_times(console, swept)
     print_losses(console, compared)
     about = machine()
     console.print(
         f"{about['cpu']}, {about['cores']} cores, {WORKERS} workers of one thread, load {before[0]} before "
         f"and {load()[0]} after; torch {about['torch']}, transformers {about['transformers']}, peft "
-        f"{about['peft']}, ray {about['ray']}; {size}, {options.rows} rows evaluated",
+        f"{about['peft']}, ray {about['ray']}; {size}, {options.rows} rows evaluated\nwritten to {file}",
         highlight=False,
     )
     return 0 if all(one.agrees() for one in compared) else 1
