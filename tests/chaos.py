@@ -7,9 +7,12 @@ the time that the quiet study took (start, search, lock, confirmation and report
 again to its end and compares. With one worker everything has to be identical: the search rows in their
 order, configs as Optuna has them, rung tables, every number and verdict.json. With two, which of them
 is first is left to chance, so that other configs may be proposed: then no row may be lost, nothing that the
-ledger holds may be trained again, and each training has the numbers that its key has in the quiet study.
+ledger holds may be trained again, every control has to be there, and each training has the numbers that its
+key has in the quiet study.
 
-A control drops what the scheduler knew before the study goes on, and has to be found out.
+A driver that comes to its end before it is killed is compared as well, and counts as no kill; one that ends
+in any other way is a defect. A control drops what the scheduler knew before the study goes on, and has to be
+found out.
 """
 
 from __future__ import annotations
@@ -17,12 +20,15 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from synthetic import LAYERS, make_setting, make_study
 
@@ -55,6 +61,11 @@ SLEEP = 0.05
 TIMES = {"seconds", "eval_seconds", "generate_seconds"}
 ELSEWHERE = {"lock_hash", "times"}
 """Of verdict.json: the lock holds the time at which it was made."""
+LIMIT = 300.0
+"""Seconds after which a driver that has not ended hangs."""
+KILLED = -signal.SIGKILL
+"""What a driver returns that was killed."""
+Stage = Literal["start", "controls", "search", "confirm", "report"]
 
 
 class Ended(NamedTuple):
@@ -69,7 +80,7 @@ class Ended(NamedTuple):
 class Moment(NamedTuple):
     """When a driver is killed: whichever comes first."""
 
-    seconds: float = 300.0
+    seconds: float = LIMIT
     """After the start of its process."""
     rows: int = 1 << 30
     """In its ledger."""
@@ -78,6 +89,10 @@ class Moment(NamedTuple):
 class Round(NamedTuple):
     """What one kill did."""
 
+    code: int
+    """What the driver returned: KILLED, or 0 where it had come to its end before."""
+    stage: Stage
+    """What the study was at when the driver ended."""
     rungs: int
     """Rungs of trainings in the ledger at that moment."""
     defects: tuple[str, ...]
@@ -121,11 +136,21 @@ def start(root: Path, workers: int, *, forget: bool = False) -> subprocess.Popen
     )
 
 
+def output(driver: subprocess.Popen[str], limit: float = LIMIT) -> tuple[str, str]:
+    """Wait for a driver and return what it printed; TimeoutExpired, and no driver left, where it hangs."""
+    try:
+        return driver.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        driver.kill()
+        driver.communicate()
+        raise
+
+
 def finish(root: Path, workers: int, *, forget: bool = False) -> Ended:
     """Run the study below `root` to its end; RuntimeError with its output where it does not get there."""
     began = time.monotonic()
     driver = start(root, workers, forget=forget)
-    out, err = driver.communicate(timeout=300)
+    out, err = output(driver)
     if driver.returncode:
         raise RuntimeError(f"the driver ended with {driver.returncode}:\n{out}\n{err}")
     study = study_in(root / "runs", workers)
@@ -141,20 +166,43 @@ def killed(root: Path, quiet: Ended, moment: Moment, *, forget: bool = False) ->
     folder = study_folder(study_in(root / "runs", workers))
     driver = start(root, workers)
     began = time.monotonic()
-    while driver.poll() is None and time.monotonic() - began < moment.seconds:
-        if folder.ledger.exists() and folder.ledger.read_bytes().count(b"\n") >= moment.rows:
-            break
-        time.sleep(0.01)
-    driver.kill()
-    driver.communicate()
+    try:
+        while driver.poll() is None and time.monotonic() - began < moment.seconds:
+            if folder.ledger.exists() and folder.ledger.read_bytes().count(b"\n") >= moment.rows:
+                break
+            time.sleep(0.01)
+        hung = time.monotonic() - began >= LIMIT
+    finally:
+        driver.kill()
+        _, err = driver.communicate()
     before = folder.ledger.read_bytes() if folder.ledger.exists() else b""
     held = Ledger(folder.ledger)
     recorded = {(row.pack, row.step_reached) for row in held.rungs.values()}
     seen = len(_lines(root / "log"))
     ended = finish(root, workers, forget=forget)
-    defects = [*_lost(before, ended), *_again(recorded, _lines(ended.log)[seen:])]
+    defects = ["the driver hung"] if hung else _crashed(driver.returncode, err)
+    defects += _lost(before, ended)
+    defects += _again(recorded, _lines(ended.log)[seen:])
     defects += _differences(quiet, ended) if workers == 1 else _other_numbers(quiet, ended)
-    return Round(len(held.rungs), tuple(defects))
+    return Round(driver.returncode, stage_of(held), len(held.rungs), tuple(defects))
+
+
+def stage_of(ledger: Ledger) -> Stage:
+    """Return what a study is at whose ledger is this one."""
+    confirmed = [cell.training_key for cell in ledger.cells.values() if cell.stage == "confirm"]
+    if confirmed:
+        rows = [ledger.trainings.get(key) for key in confirmed]
+        left = any(row is None or row.status == "unfinished" for row in rows)
+        return "confirm" if left else "report"
+    if ledger.search:
+        return "search"
+    return "controls" if ledger.rungs else "start"
+
+
+def _crashed(code: int, err: str) -> list[str]:
+    """Return whether a driver that was to be killed had ended otherwise than by coming to its end."""
+    last = (err.strip().splitlines() or ["nothing"])[-1]
+    return [] if code in (0, KILLED) else [f"the driver ended with {code} by itself: {last}"]
 
 
 def _lines(log: Path) -> list[str]:
@@ -216,10 +264,13 @@ def picture(ended: Ended) -> dict[str, Any]:
 
 
 def numbers(ended: Ended) -> dict[str, dict[Any, Any]]:
-    """Return every training and every evaluation, by what identifies it."""
+    """Return every rung of every training and every evaluation, by training key and what else identifies it.
+
+    A training that has gone further than another has the other's rungs, and the same numbers there.
+    """
     ledger = Ledger(ended.folder.ledger)
     return {
-        "trainings": {key: row.model_dump(exclude=TIMES) for key, row in ledger.trainings.items()},
+        "rungs": {key: row.model_dump(exclude=TIMES) for key, row in ledger.rungs.items()},
         "evaluations": {key: row.model_dump() for key, row in ledger.evaluations.items()},
     }
 
@@ -233,11 +284,18 @@ def _differences(quiet: Ended, ended: Ended) -> list[str]:
 
 
 def _other_numbers(quiet: Ended, ended: Ended) -> list[str]:
-    """Compare what both studies have trained: controls, arms, and configs that both have proposed."""
+    """Compare what both studies have trained: all controls and arms, and configs that both have proposed."""
+    defects = []
+    fixed, there = _fixed(quiet), _fixed(ended)
+    if fixed != there:
+        defects.append("the controls are not the same trainings")
+    certain = {*fixed.values(), *there.values()}
     expected, found = numbers(quiet), numbers(ended)
     apart = {"pack", "pack_size", "lockstep"}
-    defects = []
     for kind, rows in expected.items():
+        alone = [key for key in rows.keys() ^ found[kind].keys() if key[0] in certain]
+        if alone:
+            defects.append(f"{len(alone)} {kind} of controls are in one of the studies alone")
         shared = rows.keys() & found[kind].keys()
         other = [
             key
@@ -247,9 +305,13 @@ def _other_numbers(quiet: Ended, ended: Ended) -> list[str]:
         ]
         if other:
             defects.append(f"{len(other)} of {len(shared)} {kind} have other numbers")
-        if len(shared) < len(rows) // 2:
-            defects.append(f"only {len(shared)} of {len(rows)} {kind} are there")
     return defects
+
+
+def _fixed(ended: Ended) -> dict[Any, str]:
+    """Return the training of every cell that does not hang on what the search proposes."""
+    cells = Ledger(ended.folder.ledger).cells
+    return {cell: row.training_key for cell, row in cells.items() if not row.config}
 
 
 def search_half(quiet: Ended) -> Moment:
@@ -259,8 +321,12 @@ def search_half(quiet: Ended) -> Moment:
     return Moment(rows=decisions[len(decisions) // 2])
 
 
-def main() -> int:
-    """Run the rounds; return 1 where one of them, or the control, did not end as it has to."""
+def _met(done: Round) -> str:
+    return f"killed in {done.stage}" if done.code == KILLED else f"ended with {done.code}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the rounds; return 1 where one or the control did not end as it has to, or where none killed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -269,30 +335,37 @@ def main() -> int:
         "--workers", type=int, nargs="+", default=[1, 2], help="workers of the study"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     moments = random.Random(options.seed)
     bad = 0
     with tempfile.TemporaryDirectory() as name:
         for workers in options.workers:
             quiet = finish(Path(name) / f"quiet{workers}", workers)
             print(f"{workers} worker(s), undisturbed: {quiet.seconds:.0f} s", flush=True)
-            good = 0
+            rounds = []
             for number in range(options.kills):
                 after = moments.uniform(0.05, 1.0) * quiet.seconds
                 done = killed(Path(name) / f"{workers}-{number}", quiet, Moment(seconds=after))
-                good += not done.defects
+                rounds.append(done)
                 said = "; ".join(done.defects) or "as undisturbed"
                 print(
-                    f"  {number + 1:2d}: killed after {after:4.1f} s, {done.rungs:3d} rungs: {said}",
+                    f"  {number + 1:2d}: after {after:4.1f} s {_met(done)}, {done.rungs:3d} rungs: {said}",
                     flush=True,
                 )
-            print(f"{workers} worker(s): {good} of {options.kills} as undisturbed", flush=True)
-            bad += options.kills - good
+            kills = [one for one in rounds if one.code == KILLED]
+            stages = Counter(one.stage for one in kills)
+            print(
+                f"{workers} worker(s): {len(kills)} of {len(rounds)} drivers killed "
+                f"({', '.join(f'{count} in {stage}' for stage, count in stages.items())}), "
+                f"{sum(not one.defects for one in kills)} of those as undisturbed",
+                flush=True,
+            )
+            bad += sum(bool(one.defects) for one in rounds) + (not kills)
         quiet = finish(Path(name) / "control-quiet", 1)
         control = killed(Path(name) / "control", quiet, search_half(quiet), forget=True)
         found = "found out: " + "; ".join(control.defects) if control.defects else "NOT FOUND OUT"
-        print(f"control, scheduler forgotten: {found}", flush=True)
-        bad += not control.defects
+        print(f"control, scheduler forgotten, {_met(control)}: {found}", flush=True)
+        bad += control.code != KILLED or not control.defects
     return int(bad > 0)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
     study = make_study(tmp_path / "runs", search={"configs": 3})
     monkeypatch.setattr("aqn_tune.search.runner.execute", inline_packs(3))
     monkeypatch.setattr(run, "make_setting", make_setting)
+    monkeypatch.setattr("aqn_tune.search.cluster.ray_session", lambda _: nullcontext())
     with pytest.raises(UserError, match="the search is not complete"):
         run.run_study(study, engine=engine(), progress=QUIET)
     return study

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import chaos
 import pytest
-from synthetic import Behaviour, engine, make_setting, make_study
+from synthetic import engine, make_setting, make_study
 from test_search_own_runs import inline_packs
 
 from aqn_tune.cli import resume, run
 from aqn_tune.cli.app import main
 from aqn_tune.cli.output import ProgressLine
-from aqn_tune.errors import UserError
+from aqn_tune.errors import Interrupted, UserError
 from aqn_tune.ledger import Ledger
+from aqn_tune.search.work import Work
 from aqn_tune.study.difference import differences, differences_text
+from aqn_tune.study.engine import Engine
 from aqn_tune.study.folder import StudyFolder, study_folder
+from aqn_tune.study.runs import Setting
 from aqn_tune.study.schema import Study
 
 
@@ -54,14 +61,29 @@ def test_many_differences_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands run studies on the synthetic objective, without Ray and to their end."""
+    monkeypatch.setattr(run, "make_setting", make_setting)
+    monkeypatch.setattr("aqn_tune.training.engine.ENGINE", engine())
+    monkeypatch.setattr("aqn_tune.search.cluster.ray_session", lambda _: nullcontext())
+    for stage in ("search", "confirm"):
+        monkeypatch.setattr(f"aqn_tune.{stage}.runner.execute", inline_packs())
+
+
+@pytest.fixture
+def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_this_process: None) -> Study:
     """A study that was cut off after a few packs."""
     study = make_study(tmp_path / "runs", search={"configs": 3})
-    monkeypatch.setattr("aqn_tune.search.runner.execute", inline_packs(3))
-    monkeypatch.setattr(run, "make_setting", make_setting)
-    with pytest.raises(UserError, match="the search is not complete"):
-        run.run_study(study, engine=engine(Behaviour()), progress=ProgressLine(quiet=True))
+    with monkeypatch.context() as patch:
+        patch.setattr("aqn_tune.search.runner.execute", inline_packs(3))
+        with pytest.raises(UserError, match="the search is not complete"):
+            run.run_study(study, engine=engine(), progress=ProgressLine(quiet=True))
     return study
+
+
+def contents(root: Path) -> dict[Path, bytes | None]:
+    """Return everything below a folder; None for the content of a folder."""
+    return {path: path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
 
 
 def test_what_is_continued_is_the_study_of_the_folder_wherever_it_lies_now(
@@ -87,13 +109,19 @@ def test_what_is_continued_is_the_study_of_the_folder_wherever_it_lies_now(
     ],
 )
 def test_a_changed_study_is_refused_with_what_was_changed(
-    begun: Study, overrides: list[str], said: str
+    begun: Study,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    overrides: list[str],
+    said: str,
 ) -> None:
-    folder = study_folder(begun)
-    before = {path: path.read_bytes() for path in folder.root.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=said):
-        resume.study_of(folder.root, overrides)
-    assert {path: path.read_bytes() for path in before} == before
+    before = contents(tmp_path)
+    options = [option for one in overrides for option in ("--set", one)]
+    with pytest.raises(SystemExit) as ended:
+        main(["resume", str(study_folder(begun).root), *options])
+    assert ended.value.code == 2
+    assert re.search(said, capsys.readouterr().err)
+    assert contents(tmp_path) == before
 
 
 def test_another_generation_is_no_other_study(begun: Study) -> None:
@@ -123,7 +151,7 @@ def test_what_is_no_study_to_continue(
     assert said in capsys.readouterr().err
 
 
-def test_run_and_resume_come_to_the_same(begun: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_and_resume_begin_with_the_same(begun: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Study] = []
 
     def noted(study: Study, **_: Any) -> None:
@@ -138,6 +166,46 @@ def test_run_and_resume_come_to_the_same(begun: Study, monkeypatch: pytest.Monke
         main(["run", str(folder.study), "--set", f"output={folder.root.parent}", "--pack", "2"])
     assert seen[0] == seen[1]
     assert seen[0].compute.pack_replicas == 2
+
+
+def in_a_config(work: Work, *, setting: Setting, engine: Engine, **rest: Any) -> None:
+    """Stand in for `execute`: interrupted when a config has come to its first rung, and would go on."""
+    shared = engine.load(setting, rest["split"], rest["max_length"])
+    while (pack := work.next_pack()) is not None:
+        training = engine.open_pack(pack, setting, shared)
+        while work.arrived(pack, training.advance()):
+            if pack.name.startswith("both-c"):
+                raise Interrupted("enough")
+
+
+def test_what_is_resumed_comes_to_the_end_of_a_study_that_nobody_disturbed(
+    begun: Study,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is cut off in its controls, then in a config."""
+    folder = study_folder(begun)
+    with monkeypatch.context() as patch:
+        patch.setattr("aqn_tune.search.runner.execute", in_a_config)
+        with pytest.raises(SystemExit) as ended:
+            main(["resume", str(folder.root)])
+    assert ended.value.code == 130
+    assert [row.event for row in Ledger(folder.ledger).search] == ["asked", "rung"]
+    assert not folder.verdict.exists()
+    held = folder.ledger.read_bytes()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(["resume", str(folder.root), "--json"])
+    assert ended.value.code == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(folder.verdict.read_text())
+    assert folder.ledger.read_bytes().startswith(held)
+    quiet = begun.model_copy(update={"output": str(tmp_path / "quiet")})
+    run.run_study(quiet, engine=engine(), progress=ProgressLine(quiet=True))
+    ends = (chaos.Ended(one, study_folder(one), tmp_path / "log", 0.0) for one in (quiet, begun))
+    expected, found = (chaos.picture(one) for one in ends)
+    assert expected["verdict"]
+    assert {name for name in expected if expected[name] != found[name]} == set()
 
 
 def test_who_starts_another_study_by_mistake_is_told(begun: Study, tmp_path: Path) -> None:

@@ -8,8 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from exactness import exact
 from fake_ledger import make_study
-from tiny import CLEAN, LAYERS, noise, one_pack, save_tiny_model, tiny_setting, tiny_training
+from tiny import (
+    LAYERS,
+    one_pack,
+    save_tiny_model,
+    tiny_pack,
+    tiny_run,
+    tiny_setting,
+    tiny_training,
+)
 
 from aqn_tune.errors import UserError
 from aqn_tune.faults import AbsoluteGaussian, DeadZone, RelativeGaussian
@@ -18,7 +27,6 @@ from aqn_tune.injection.injection import Injection
 from aqn_tune.injection.observe import activation
 from aqn_tune.ledger import Ledger
 from aqn_tune.ledger.rows import MechanismRow, Observation, SiteActivation
-from aqn_tune.models.load import build_model, load_tokenizer
 from aqn_tune.quantization import Quantizer
 from aqn_tune.search.record import Recorder
 from aqn_tune.study.cells import resolve_run
@@ -26,7 +34,6 @@ from aqn_tune.study.device import Device
 from aqn_tune.study.runs import Run
 from aqn_tune.study.schema import MechanismSpec
 from aqn_tune.study.sweep import resolve_scenarios
-from aqn_tune.training.data import load_tokens
 from aqn_tune.training.engine import ENGINE
 from aqn_tune.training.mechanism import Mechanism
 from aqn_tune.training.pack import ReplicaPack
@@ -35,7 +42,6 @@ from aqn_tune.training.state import state_of
 torch.set_num_threads(1)
 
 STEPS = (0, 2, 4)
-TRAINING = tiny_training(steps=6)
 FAULT = DeadZone(layers=(1,), threshold=0.4)
 NOISE: dict[str, Any] = {
     "targeting": "global",
@@ -48,25 +54,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
-def a_run(*faults: Any, seed: int = 2, policy: Any = None, **changes: Any) -> Run:
-    training = changes.pop("training", TRAINING)
-    values = {
-        "training": training,
-        "device": Device(faults=faults),
-        "noise": noise(training, policy) if policy else None,
-        "seed": seed,
-        "conditions": (CLEAN,),
-        "observed_steps": STEPS,
-    }
-    return Run(**{**values, **changes})
+def a_run(*faults: Any, **changes: Any) -> Run:
+    return tiny_run(*faults, **{"observed_steps": STEPS, **changes})
 
 
 def train(folder: Path, *runs: Run, steps: int = 6) -> ReplicaPack:
-    setting = tiny_setting(folder)
-    data = load_tokens(load_tokenizer(setting.model), setting.task.splits().train, 64)
-    pack = ReplicaPack(build_model(setting.model), runs, data)
-    pack.train_to(steps)
-    return pack
+    return tiny_pack(folder, runs, steps=steps)
 
 
 def unobserved(run: Run) -> Run:
@@ -264,13 +257,20 @@ def test_layers_that_are_left_out_or_frozen_are_absent(folder: Path) -> None:
 def test_what_is_not_finite_is_null(folder: Path) -> None:
     """A learning rate that overflows float32 in the first step; step 1 fails, and is seen to."""
     wild = a_run(training=tiny_training(learning_rate=1e38), observed_steps=(0, 1, 2))
-    pack = train(folder, wild, a_run())
+    pack = train(folder, wild)
     assert "training loss is nan at step 1" in pack.failures[0]
     assert [seen.step for seen in pack.observations[0]] == [0, 1]
     last = pack.observations[0][-1]
     assert set(numbers(last, "cosine").values()) == {None}
     assert last.sites[-1].after.rms is None
     assert Observation.model_validate_json(last.model_dump_json()) == last
+
+
+@exact
+def test_a_neighbour_that_is_not_finite_is_not_seen(folder: Path) -> None:
+    wild = a_run(training=tiny_training(learning_rate=1e38), observed_steps=(0, 1, 2))
+    pack = train(folder, wild, a_run())
+    assert list(pack.failures) == [0]
     assert pack.observations[1] == train(folder, a_run()).observations[0]
 
 
@@ -368,6 +368,7 @@ def test_noise_of_sigma_zero_has_no_record(folder: Path) -> None:
 # -- observing changes nothing ---------------------------------------------------------------------
 
 
+@exact
 def test_a_run_in_a_pack_is_seen_as_the_run_alone(folder: Path) -> None:
     runs = various_runs()
     together = train(folder, *runs)

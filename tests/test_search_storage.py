@@ -9,42 +9,52 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic import (
-    LAYERS,
-    engine,
-    inline,
-    make_scenarios,
-    make_setting,
-    make_study,
-    run_search,
-)
+from synthetic import make_study, search_inline
 
 from aqn_tune.cli.app import main
 from aqn_tune.errors import UserError, storage_error
 from aqn_tune.ledger import Ledger
+from aqn_tune.search.driver import Driver
+from aqn_tune.search.state import SavedState, write_state
 from aqn_tune.search.trainable import PackTrainable
+from aqn_tune.search.work import Work
+from aqn_tune.study.engine import Engine
 from aqn_tune.study.folder import StudyFolder, study_folder
-from aqn_tune.study.runs import Pack
+from aqn_tune.study.runs import Pack, Setting
 from aqn_tune.study.schema import Study
 
 
+def full_disk() -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/ledger.jsonl")
+
+
 def full(*_: Any) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/ledger.jsonl")
+    raise full_disk()
 
 
-def chained() -> BaseException:
+def over(before: Exception, error: Exception, how: str = "") -> Exception:
+    """Return `error` as it is when raised where `before` is handled, from it, from None or from nothing."""
     try:
         try:
-            full()
-        except OSError as error:
-            raise RuntimeError("Ray came to an end") from error
-    except RuntimeError as error:
-        return error
-    raise AssertionError
+            raise before
+        except Exception:
+            if how == "from it":
+                raise error from before
+            if how == "from None":
+                raise error from None
+            raise error  # noqa: B904 - that it names no cause is the point
+    except Exception as raised:
+        return raised
+
+
+IS_FULL = "/data/ledger.jsonl: no space is left"
+QUOTING = f"Traceback (most recent call last):\n  ...\nOSError: {full_disk()}\n"
+"""What Ray gives as the text of an error of its own, over whatever happened on the driver."""
 
 
 @pytest.mark.parametrize(
@@ -56,10 +66,23 @@ def chained() -> BaseException:
         (PermissionError(errno.EACCES, "", "/a"), "/a: permission is denied"),
         (sqlite3.OperationalError("database or disk is full"), "there: no space is left"),
         (sqlite3.OperationalError("no such table"), ""),
-        (chained(), "/data/ledger.jsonl: no space is left"),
         (FileNotFoundError(errno.ENOENT, "", "/a"), ""),
         (RuntimeError("no space left"), ""),
         (None, ""),
+        # one that names it as its cause
+        (over(full_disk(), RuntimeError("Ray came to an end"), "from it"), IS_FULL),
+        (over(over(full_disk(), ValueError(), "from it"), KeyError("a"), "from it"), IS_FULL),
+        # one that quotes it, and one that came of clearing up
+        (over(full_disk(), RuntimeError(QUOTING)), IS_FULL),
+        (over(full_disk(), FileNotFoundError(errno.ENOENT, "", "/a")), IS_FULL),
+        # either of them with a word that it has nothing to do with it
+        (over(full_disk(), RuntimeError(QUOTING), "from None"), ""),
+        (over(full_disk(), FileNotFoundError(errno.ENOENT, "", "/a"), "from None"), ""),
+        # a defect of the code that handles it
+        (over(full_disk(), KeyError("trial")), ""),
+        (over(PermissionError(errno.EACCES, "", "/a"), AttributeError("no such name")), ""),
+        (over(over(full_disk(), ValueError(), "from it"), KeyError("a")), ""),
+        (over(over(full_disk(), KeyError("a")), RuntimeError("'a'"), "from it"), ""),
     ],
 )
 def test_what_the_user_can_mend(error: BaseException | None, said: str) -> None:
@@ -68,17 +91,10 @@ def test_what_the_user_can_mend(error: BaseException | None, said: str) -> None:
     assert str(found or "").startswith(said)
 
 
-def inline_search(study: Study) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("aqn_tune.search.runner.execute", inline)
-        run_search(
-            study,
-            make_setting(study),
-            make_scenarios(study),
-            study_folder(study),
-            layer_count=LAYERS,
-            engine=engine(),
-        )
+def searched(study: Study) -> StudyFolder:
+    folder = study_folder(study)
+    search_inline(study, folder)
+    return folder
 
 
 def test_a_ledger_that_cannot_grow_ends_the_search_and_goes_on_to_the_same_end(
@@ -86,7 +102,7 @@ def test_a_ledger_that_cannot_grow_ends_the_search_and_goes_on_to_the_same_end(
 ) -> None:
     """Half of a line is left behind, as a full disk leaves it."""
     whole = make_study(tmp_path / "whole", search={"configs": 4})
-    inline_search(whole)
+    searched(whole)
     size = study_folder(whole).ledger.stat().st_size
     study = make_study(tmp_path / "torn", search={"configs": 4})
     ledger = study_folder(study).ledger
@@ -105,26 +121,70 @@ def test_a_ledger_that_cannot_grow_ends_the_search_and_goes_on_to_the_same_end(
             with pytest.raises(
                 UserError, match=r"ledger\.jsonl: no space is left.*run the study again"
             ):
-                inline_search(study)
+                searched(study)
         assert ledger.stat().st_size == allowed
-    inline_search(study)
+    searched(study)
     assert _numbers(study_folder(study)) == _numbers(study_folder(whole))
 
 
-def test_a_worker_that_cannot_write_says_so_and_fails_no_config(tmp_path: Path) -> None:
-    study = make_study(tmp_path)
+class Worker(PackTrainable):  # type: ignore[misc]
+    """A worker in this process, without Ray."""
 
-    class Writing(PackTrainable):  # type: ignore[misc]
-        def __init__(self, failure: Callable[[], Any]) -> None:
-            self._pack = Pack.model_construct(name="both-c000")
-            self._advance = failure
+    def __init__(self, config: dict[str, Any], **shared: Any) -> None:
+        self.setup(config, **shared)
 
-    def broken() -> None:
-        raise ValueError("a defect")
 
-    assert Writing(full).step()["user_error"].startswith("/data/ledger.jsonl: no space is left")
-    assert Writing(broken).step()["user_error"] == ""
-    assert study_folder(study).root.exists() is False
+def by_workers(
+    work: Work, *, setting: Setting, engine: Engine, folder: StudyFolder, **rest: Any
+) -> None:
+    """Stand in for `aqn_tune.search.execute.execute`: driver and trainable as they are, one worker."""
+    shared = engine.load(setting, rest["split"], rest["max_length"])
+    setting = setting.model_copy(update={"memory_share": 1.0})  # else Ray is asked
+    driver = Driver(work)
+    while (pack := driver.next_pack()) is not None:
+        worker = Worker(
+            {"name": pack.name, "pack": pack.model_dump_json()},
+            shared=shared, engine=engine, setting=setting, state_folder=str(folder.state),
+        )  # fmt: skip
+        while driver.result(worker.step()):
+            pass
+        worker.cleanup()
+    if driver.fatal is not None:
+        raise driver.fatal
+
+
+def defect(*_: Any) -> None:
+    raise ValueError("a defect")
+
+
+CANNOT_WRITE = "both-threshold0.3-c001"
+
+
+@pytest.mark.parametrize("failure", [full, defect])
+def test_a_worker_that_cannot_write_ends_the_search_and_fails_no_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Callable[..., None]
+) -> None:
+    """A defect in the same place fails the config, and the search goes on without it."""
+    study = make_study(tmp_path / "broken", search={"configs": 4})
+    folder = study_folder(study)
+
+    def write(path: Path, pack: Pack, saved: SavedState) -> None:
+        if pack.name == CANNOT_WRITE:
+            failure()
+        write_state(path, pack, saved)
+
+    monkeypatch.setattr("synthetic.inline", by_workers)
+    with monkeypatch.context() as patch:
+        patch.setattr("aqn_tune.search.trainable.write_state", write)
+        with pytest.raises(UserError, match=IS_FULL) if failure is full else nullcontext():
+            searched(study)
+    ledger = Ledger(folder.ledger)
+    failed = {f"{row.scenario}-{row.config}" for row in ledger.search if row.event == "failed"}
+    broken = {row.pack for row in ledger.trainings.values() if row.status == "failed"}
+    assert failed == broken == (set() if failure is full else {CANNOT_WRITE})
+    searched(study)
+    whole = searched(make_study(tmp_path / "whole", search={"configs": 4}))
+    assert (_numbers(folder) == _numbers(whole)) is (failure is full)
 
 
 def test_the_command_line_says_it_in_a_line(
@@ -199,14 +259,14 @@ def check_nothing_is_lost(study: Study, tmp_path: Path, mend: Callable[[], objec
     recorded = Ledger(study_folder(study).ledger).trainings
     assert recorded
     mend()
-    inline_search(study)
+    searched(study)
     after = Ledger(study_folder(study).ledger)
     assert recorded.keys() <= after.trainings.keys()
     assert all(
         after.trainings[key].step_reached >= row.step_reached for key, row in recorded.items()
     )
     whole = make_study(tmp_path / "whole", search={"configs": 4})
-    inline_search(whole)
+    searched(whole)
     assert _numbers(study_folder(study)) == _numbers(study_folder(whole))
 
 

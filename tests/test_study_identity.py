@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from synthetic import make_setting, make_study
 
 from aqn_tune.errors import UserError
 from aqn_tune.study.keys import content_hash
 from aqn_tune.study.layers import Layers, resolve_layers
+from aqn_tune.study.runs import Condition, Run
 from aqn_tune.study.seeds import replicate_seed, stream_seed
 
 
@@ -75,6 +78,20 @@ def test_content_hash_is_of_the_content(one: object, other: object, equal: bool)
 def test_content_hash_refuses_what_has_no_json(value: float) -> None:
     with pytest.raises(ValueError, match="JSON"):
         content_hash(value)
+
+
+def test_the_memory_that_a_worker_may_plan_with_is_no_part_of_a_training(tmp_path: Path) -> None:
+    """Else a study would train everything again with another number of workers."""
+    study = make_study(tmp_path)
+    run = Run(training=study.training, seed=1, conditions=(Condition(name="clean"),))
+    one, other, unknown = (
+        make_setting(study).model_copy(update={"memory_share": share})
+        for share in (0.25, 1.0, None)
+    )
+    assert run.training_key(one) == run.training_key(other) == run.training_key(unknown)
+    assert content_hash(one) == content_hash(other) == content_hash(unknown)
+    elsewhere = one.model_copy(update={"device": "cuda"})
+    assert run.training_key(elsewhere) != run.training_key(one)
 
 
 @pytest.mark.parametrize(

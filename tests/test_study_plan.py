@@ -269,9 +269,11 @@ def test_costs_are_split(samples: list[Sample], per_step: float, per_row: float)
     assert split_cost(samples, 16) == pytest.approx((per_step, per_row))
 
 
+@pytest.mark.parametrize("writing", [0.0, 10.0])
 def test_a_finished_study_calibrates_the_next_plan(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writing: float
 ) -> None:
+    """How long its answers took to write does not enter: that depends on what is written."""
     monkeypatch.setattr(calibrating, "REFERENCE", tmp_path / "none.json")
     study = make_study(tmp_path)
     setting = make_setting(study)
@@ -296,8 +298,8 @@ def test_a_finished_study_calibrates_the_next_plan(
         rows.append(
             TrainingRow(
                 training_key=key, stage="search", seed=replicate, steps=20, step_reached=20,
-                status=status, seconds=60.0 if status == "failed" else 30.0, pack="p", pack_size=8,
-                lockstep=4,
+                status=status, seconds=writing + (60.0 if status == "failed" else 30.0),
+                generate_seconds=writing, pack="p", pack_size=8, lockstep=4,
             )
         )  # fmt: skip
     Ledger(folder.ledger).append(rows)

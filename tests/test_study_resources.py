@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from synthetic import make_study
 
 from aqn_tune.errors import UserError
 from aqn_tune.models.spec import EMBEDDED, ModelSpec
@@ -118,6 +120,30 @@ def test_auto_is_the_same_study_as_its_number_and_another_than_without_gpus(file
     assert auto != study_hash(load_study(file, ["compute.gpus_per_worker=0"]))
     assert ComputeSpec().gpus_per_worker == 0.0
     assert trial_request(ComputeSpec(cpus_per_worker=2)) == {"CPU": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("compute", "share"),
+    [
+        ({"workers": 1}, 1.0),
+        ({"workers": 4}, 0.25),
+        ({"workers": "auto"}, 0.125),
+        ({"workers": "auto", "cpus_per_worker": 2}, 0.25),
+        # of the GPU, whoever else is there
+        ({"workers": 4, "gpus_per_worker": 0.5}, 0.5),
+        ({"workers": 4, "gpus_per_worker": 1}, 1.0),
+        ({"workers": 1, "gpus_per_worker": 4}, 1.0),
+        ({"workers": 4, "gpus_per_worker": 0.5, "address": "auto"}, 0.5),
+        # workers of a cluster are not all on one machine
+        ({"workers": 4, "address": "auto"}, None),
+        ({"workers": "auto", "address": "auto"}, None),
+    ],
+)
+def test_the_memory_that_a_worker_may_plan_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compute: dict[str, Any], share: float | None
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert make_setting(make_study(tmp_path, compute=compute)).memory_share == share
 
 
 def test_auto_for_a_large_model_is_a_whole_gpu(file: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+import types
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +15,14 @@ from exactness import exact
 from test_training_memory import numbers, reports
 from test_training_pack import mixed_runs
 from test_training_stacked import full_run
-from tiny import one_pack, save_tiny_model, tiny_setting
+from tiny import one_pack, save_tiny_model, tiny_pack, tiny_setting
 
 from aqn_tune.study.engine import PackTraining
 from aqn_tune.study.runs import Run
 from aqn_tune.training import engine as engine_module
 from aqn_tune.training.engine import ENGINE
 from aqn_tune.training.pack import ReplicaPack
+from aqn_tune.training.state import restore, state_of
 
 torch.set_num_threads(1)
 
@@ -156,23 +159,107 @@ def test_saved_states_do_not_move_with_the_training(folder: Path) -> None:
     training = opened(folder, mixed_runs()[1:3])
     training.advance()
     before = training.state()
-    training.advance()
+    straight = training.advance()
     again = opened(folder, mixed_runs()[1:3])
     again.restore(before)
-    assert {row.step_reached for row in again.advance().trainings} == {
-        mixed_runs()[1].training.steps
-    }
+    report = again.advance()
+    assert report.evaluations
+    assert numbers(report) == numbers(straight)
 
 
 def test_time_lost_to_the_memory_is_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that goes on by a second whenever it is read."""
+    """By a clock that goes on by a second whenever it is read, and in the step that fails."""
     clock = itertools.count(1.0)
-    monkeypatch.setattr(engine_module.time, "perf_counter", lambda: next(clock))
+    read = types.SimpleNamespace(perf_counter=lambda: next(clock))
+    monkeypatch.setattr(engine_module, "time", read)
+    step = ReplicaPack._train_step
+
+    def scarce(self: ReplicaPack) -> None:
+        if len(self.runs) > 1:
+            next(clock)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        step(self)
 
     def seconds() -> float:
         return sum(row.seconds for row in opened(folder, mixed_runs()[1:3]).advance().trainings)
 
     whole = seconds()
-    without_memory(monkeypatch, beyond=1)
-    # Two groups, and the start of the training step that failed.
+    monkeypatch.setattr(ReplicaPack, "_train_step", scarce)
+    # Two groups, and the second in which the step failed.
     assert seconds() == 2 * whole + 1
+
+
+# -- states with a failed run ----------------------------------------------------------------------
+
+
+def wild(run: Run) -> Run:
+    """Return a run whose learning rate overflows float32 within the first steps."""
+    training = run.training.model_copy(update={"learning_rate": 1e38})
+    return run.model_copy(update={"training": training})
+
+
+@exact
+@pytest.mark.parametrize("place", [0, 2])
+@pytest.mark.parametrize(("before", "after"), [(3, 3), (3, 1), (1, 3), (2, 3), (3, 2)])
+def test_a_run_that_failed_stays_failed_in_other_groups(
+    folder: Path, place: int, before: int, after: int
+) -> None:
+    """By itself it stands at the step where it failed, among others at theirs: neither holds them up."""
+    runs = mixed_runs()[1:3]
+    runs.insert(place, wild(mixed_runs()[3]))
+    first, straight = reports(folder, runs)
+    failed = first.trainings[place]
+    assert failed.status == "failed"
+    assert "training loss is nan" in failed.error
+
+    saved = opened(folder, runs, lockstep=before)
+    saved.advance()
+    resumed = opened(folder, runs, lockstep=after)
+    resumed.restore(saved.state())
+    report = resumed.advance()
+    assert numbers(report) == numbers(straight)
+    again = report.trainings[place]
+    assert (again.status, again.error, again.step_reached) == (
+        "failed",
+        failed.error,
+        failed.step_reached,
+    )
+    assert not again.train_losses
+    assert failed.training_key not in {row.training_key for row in report.evaluations}
+    others = [row for row in report.trainings if row is not again]
+    assert {row.status for row in others} == {"finished"}
+
+
+@pytest.mark.parametrize(
+    ("steps", "failed", "goes_on_at"),
+    [
+        ((2, 2), (), 2),
+        ((1, 2), (), None),
+        ((2, 1), (), None),
+        ((1, 2), (0,), 2),
+        ((1, 2), (1,), 1),
+        ((1, 2, 2), (0,), 2),
+        ((1, 2, 1), (0,), None),
+        ((1, 2), (0, 1), 2),
+    ],
+)
+def test_living_runs_of_a_pack_stand_at_one_step(
+    folder: Path, steps: tuple[int, ...], failed: tuple[int, ...], goes_on_at: int | None
+) -> None:
+    runs = mixed_runs()[1 : 1 + len(steps)]
+    states = [
+        state_of(tiny_pack(folder, [run], steps=step), 0)
+        for run, step in zip(runs, steps, strict=True)
+    ]
+    for number in failed:
+        states[number] = states[number]._replace(failure="planted")
+    pack = tiny_pack(folder, runs)
+    if goes_on_at is None:
+        living = [step for number, step in enumerate(steps) if number not in failed]
+        message = f"runs at different steps cannot share a pack: {re.escape(str(living))}$"
+        with pytest.raises(ValueError, match=message):
+            restore(pack, states)
+        return
+    restore(pack, states)
+    assert pack.step == goes_on_at
+    assert pack.failures == dict.fromkeys(failed, "planted")

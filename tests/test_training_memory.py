@@ -10,17 +10,16 @@ import torch
 from exactness import exact
 from test_training_pack import mixed_runs
 from test_training_stacked import full_run
-from tiny import noise, one_pack, save_tiny_model, tiny_setting
+from tiny import noise, one_pack, save_tiny_model, tiny_data, tiny_setting
 
 from aqn_tune.errors import UserError
-from aqn_tune.models.load import build_model, load_tokenizer
+from aqn_tune.models.load import build_model
 from aqn_tune.quantization import MXFP4
 from aqn_tune.study.device import Device
 from aqn_tune.study.engine import RungReport
 from aqn_tune.study.runs import Run
 from aqn_tune.training import engine as engine_module
 from aqn_tune.training import memory
-from aqn_tune.training.data import TokenSet, load_tokens
 from aqn_tune.training.engine import ENGINE
 from aqn_tune.training.pack import ReplicaPack
 
@@ -30,11 +29,6 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-def data_of(folder: Path) -> TokenSet:
-    setting = tiny_setting(folder)
-    return load_tokens(load_tokenizer(setting.model), setting.task.splits().train, 64)
 
 
 def model_of(folder: Path) -> Any:
@@ -58,7 +52,7 @@ def busy(run: Run) -> Run:
     ids=["lora", "lora with everything", "full", "full with everything"],
 )
 def test_the_bound_of_a_run_is_one(folder: Path, run: Run) -> None:
-    data = data_of(folder)
+    data = tiny_data(folder)
     measured = memory.measured_per_run(run, model_of(folder), data)
     bound = memory.bound_per_run(run, model_of(folder), data)
     assert measured < bound < 10 * measured
@@ -66,8 +60,8 @@ def test_the_bound_of_a_run_is_one(folder: Path, run: Run) -> None:
 
 def test_what_a_step_keeps_grows_with_the_runs(folder: Path) -> None:
     runs = tuple(mixed_runs()[1:4])
-    alone = ReplicaPack(model_of(folder), runs[:1], data_of(folder)).saved_bytes()
-    together = ReplicaPack(model_of(folder), runs, data_of(folder)).saved_bytes()
+    alone = ReplicaPack(model_of(folder), runs[:1], tiny_data(folder)).saved_bytes()
+    together = ReplicaPack(model_of(folder), runs, tiny_data(folder)).saved_bytes()
     assert 2.5 * alone < together < 3.5 * alone
 
 
@@ -80,11 +74,11 @@ def test_as_many_runs_as_fit_share_a_pack(
 ) -> None:
     """By the measured size of a run: half of a worker's share of the free memory is for packs."""
     one = full_run(2)
-    needed = memory.measured_per_run(one, model_of(folder), data_of(folder))
+    needed = memory.measured_per_run(one, model_of(folder), tiny_data(folder))
     free = int(packs_that_fit * needed * 2 * 2 + 8)
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     four = tuple(full_run(seed) for seed in (2, 4, 6, 8))
-    fit = memory.fitting(four, model_of(folder), data_of(folder), share=0.5)
+    fit = memory.fitting(four, model_of(folder), tiny_data(folder), share=0.5)
     assert fit.runs == runs
     assert fit.why.startswith("a run takes ") is (runs < 4)
 
@@ -98,21 +92,38 @@ def test_nothing_is_measured_where_memory_is_plenty(
     monkeypatch.setattr(memory, "measured_per_run", measured)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1 << 33)
     runs = (full_run(2), full_run(4))
-    assert memory.fitting(runs, model_of(folder), data_of(folder), share=0.5) == (2, "")
+    assert memory.fitting(runs, model_of(folder), tiny_data(folder), share=0.5) == (2, "")
 
 
 @pytest.mark.parametrize(
-    ("limit", "used", "free"),
-    [(None, None, 900), (1000, 400, 600), (5000, 400, 900), (1000, 1400, 0), (None, 400, 900)],
+    ("limit", "used", "cached", "free"),
+    [
+        (None, None, 50, 900),
+        (1000, 400, 0, 600),
+        (1000, 400, 200, 800),
+        (1000, 400, 700, 900),
+        (5000, 400, 0, 900),
+        (1000, 1400, 0, 0),
+        (1000, 1400, 500, 100),
+        (None, 400, 50, 900),
+        (1000, None, 50, 900),
+    ],
 )
 def test_free_memory_is_what_the_container_leaves(
-    monkeypatch: pytest.MonkeyPatch, limit: int | None, used: int | None, free: int
+    monkeypatch: pytest.MonkeyPatch,
+    limit: int | None,
+    used: int | None,
+    cached: int,
+    free: int,
 ) -> None:
+    """What its files take is given up before anything of a run is, and counts as free."""
+
     class Machine:
         available = 900
 
     monkeypatch.setattr(memory.psutil, "virtual_memory", Machine)
     monkeypatch.setattr(memory, "_number", lambda path: limit if "max" in path.name else used)
+    monkeypatch.setattr(memory, "_cached_files", lambda stat: cached)
     assert memory.free_bytes(torch.device("cpu")) == free
 
 
@@ -127,6 +138,25 @@ def test_a_limit_of_the_container_is_read_from_its_file(
     (tmp_path / "unlimited").write_text("max\n")
     (tmp_path / "unreadable").mkdir()
     assert memory._number(tmp_path / file) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "cached"),
+    [
+        ("anon 100\nfile 300\ninactive_file 200\nactive_file 90\n", 200),
+        ("inactive_file 4096\n", 4096),
+        ("inactive_anon 7\nactive_file 8\ntotal_inactive_file 9\n", 0),
+        ("inactive_file\nanon 1\n", 0),
+        ("", 0),
+        (None, 0),
+    ],
+    ids=["among others", "alone", "others alone", "no number", "empty", "no file"],
+)
+def test_cached_files_are_the_inactive_ones(tmp_path: Path, text: str | None, cached: int) -> None:
+    """Active ones are not given up first."""
+    if text is not None:
+        (tmp_path / "memory.stat").write_text(text)
+    assert memory._cached_files(tmp_path / "memory.stat") == cached
 
 
 @pytest.mark.parametrize(
@@ -178,6 +208,7 @@ def test_a_limit_changes_no_number_and_is_said(folder: Path, lockstep: int) -> N
         assert numbers(one) == numbers(other)
 
 
+@exact
 def test_a_model_that_cannot_be_stacked_trains_one_run_after_another(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,24 @@ import pytest
 import torch
 from exactness import exact
 from safetensors.torch import load_file
-from tiny import CLEAN, noise, one_pack, save_tiny_model, tiny_setting, tiny_training
+from tiny import (
+    CLEAN,
+    one_pack,
+    save_tiny_model,
+    tiny_data,
+    tiny_pack,
+    tiny_run,
+    tiny_setting,
+    tiny_training,
+)
 
 from aqn_tune.faults import DeadZone, RelativeGaussian
-from aqn_tune.models.load import build_model, load_tokenizer
+from aqn_tune.models.load import build_model
 from aqn_tune.study.device import Device
 from aqn_tune.study.runs import Condition, Run, pack_key
 from aqn_tune.training import arena as arena_module
 from aqn_tune.training import memory
 from aqn_tune.training.arena import Arena
-from aqn_tune.training.data import TokenSet, load_tokens
 from aqn_tune.training.engine import ENGINE
 from aqn_tune.training.evaluate import Evaluated, evaluate
 from aqn_tune.training.lora import ReplicaLinear
@@ -51,15 +60,7 @@ def a_run(seed: int, rank: int, scaling: float, *faults: Any, **changes: Any) ->
         method={"kind": "lora", "rank": rank, "alpha": scaling * rank},
         **{"steps": STEPS, "warmup_steps": 2, "weight_decay": 0.1, **changes.pop("training", {})},
     )
-    policy = changes.pop("policy", None)
-    values = {
-        "training": training,
-        "device": Device(faults=faults),
-        "noise": noise(training, policy) if policy else None,
-        "seed": seed,
-        "conditions": CONDITIONS,
-    }
-    return Run.model_validate({**values, **changes})
+    return tiny_run(*faults, seed=seed, training=training, **{"conditions": CONDITIONS, **changes})
 
 
 MIXED = [
@@ -73,22 +74,11 @@ MIXED = [
 FROZEN = 5
 
 
-def data_of(folder: Path, split: str = "train") -> TokenSet:
-    setting = tiny_setting(folder)
-    return load_tokens(load_tokenizer(setting.model), getattr(setting.task.splits(), split), 64)
-
-
-def train(
-    folder: Path, runs: Sequence[Run], *, dtype: str = "float32", steps: int = STEPS
-) -> ReplicaPack:
-    model = build_model(tiny_setting(folder, dtype=dtype).model)
-    pack = ReplicaPack(model, runs, data_of(folder))
-    pack.train_to(steps)
-    return pack
+train = functools.partial(tiny_pack, steps=STEPS)
 
 
 def evaluations(folder: Path, pack: ReplicaPack, replica: int) -> list[Evaluated]:
-    found = list(evaluate(pack, data_of(folder, "test"), 16, stream="test"))
+    found = list(evaluate(pack, tiny_data(folder, "test"), 16, stream="test"))
     assert [one.error for one in found] == [""] * len(found)
     return [one._replace(replica=0) for one in found if one.replica == replica]
 
@@ -98,6 +88,14 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     for name, tensor in one.items():
         assert tensor.shape == other[name].shape, name
         assert torch.equal(tensor, other[name]), name
+
+
+def assert_each_is_the_run_alone(folder: Path, pack: ReplicaPack) -> None:
+    dtype = str(pack.arena.weights.dtype).removeprefix("torch.")
+    for index, run in enumerate(pack.runs):
+        alone = train(folder, [run], dtype=dtype, steps=pack.step)
+        assert alone.train_losses[0] == pack.train_losses[index]
+        assert_equal(alone.arena.named_row(0), pack.arena.named_row(index))
 
 
 def padding(pack: ReplicaPack, block: torch.Tensor, replica: int) -> torch.Tensor:
@@ -183,16 +181,29 @@ def test_frozen_layers_beside_padding(folder: Path, together: ReplicaPack) -> No
 
 
 @exact
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("ranks", [(2, 64), (3, 33), (64, 2, 33, 3)])
+def test_ranks_far_apart_are_each_the_run_alone(
+    folder: Path, ranks: tuple[int, ...], dtype: str
+) -> None:
+    runs = [
+        a_run(2 * number, rank, (0.5, 2.0)[number % 2], DEAD, policy=NOISE)
+        for number, rank in enumerate(ranks, 1)
+    ]
+    assert len({pack_key(run) for run in runs}) == 1
+    pack = train(folder, runs, dtype=dtype, steps=8)
+    assert not pack.failures
+    assert_each_is_the_run_alone(folder, pack)
+
+
+@exact
 def test_equal_scalings_that_round_share_a_pack(folder: Path) -> None:
     runs = [a_run(2, 4, 0.7, DEAD), a_run(4, 8, 0.7, DEAD), a_run(6, 13, 0.7, policy=NOISE)]
     assert len({pack_key(run) for run in runs}) == 1
-    pack = train(folder, runs, steps=8)
-    for index, run in enumerate(runs):
-        alone = train(folder, [run], steps=8)
-        assert alone.train_losses[0] == pack.train_losses[index]
-        assert_equal(alone.arena.named_row(0), pack.arena.named_row(index))
+    assert_each_is_the_run_alone(folder, train(folder, runs, steps=8))
 
 
+@exact
 def test_a_diverging_neighbour_of_another_rank_fails_alone(folder: Path) -> None:
     wild = a_run(2, 4, 1.0, training={"learning_rate": 1e38})
     pack = train(folder, [wild, MIXED[1], MIXED[2]], steps=6)
@@ -219,18 +230,15 @@ def test_runs_of_one_rank_and_scaling_do_nothing_that_mixed_ones_need(
 
 @exact
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_compiled_layers_take_mixed_ranks(folder: Path) -> None:
     runs = [
         a_run(2, 4, 0.5, DEAD, training={"compile": True}),
         a_run(4, 16, 2.0, DEAD, policy=NOISE, training={"compile": True}),
     ]
     assert len({pack_key(run) for run in runs}) == 1
-    pack = train(folder, runs, steps=6)
-    for index, run in enumerate(runs):
-        alone = train(folder, [run], steps=6)
-        assert alone.train_losses[0] == pack.train_losses[index]
-        assert_equal(alone.arena.named_row(0), pack.arena.named_row(index))
+    assert_each_is_the_run_alone(folder, train(folder, runs, steps=6))
 
 
 # -- states and exports ----------------------------------------------------------------------------
@@ -300,7 +308,7 @@ def test_every_run_exports_an_adapter_of_its_own_rank(folder: Path, tmp_path: Pa
         ((64, 64.0), (65, 65.0), False),
     ],
 )
-def test_ranks_share_a_pack_where_no_bit_changes(
+def test_which_ranks_and_scalings_share_a_pack(
     one: tuple[int, float], other: tuple[int, float], shared: bool
 ) -> None:
     keys = {pack_key(a_run(2, rank, alpha / rank)) for rank, alpha in (one, other)}
@@ -318,7 +326,7 @@ def test_other_modules_and_sizes_are_kept_apart() -> None:
 def test_memory_is_planned_for_the_largest_rank(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data, model = data_of(folder), build_model(tiny_setting(folder).model)
+    data, model = tiny_data(folder), build_model(tiny_setting(folder).model)
     runs = (a_run(2, 4, 1.0), a_run(4, 32, 1.0), a_run(6, 8, 1.0))
     alone = memory.bound_per_run(runs[1], model, data)
     bound = memory.bound_per_run(runs[1], model, data, padded=True)

@@ -9,20 +9,28 @@ from typing import Any
 
 import pytest
 import torch
+from exactness import exact
 from test_injection_models import ARCHITECTURES, build
 from test_training_pack import oracle_losses, true_float64_rmsnorm
-from tiny import CLEAN, noise, one_pack, save_tiny_model, tiny_setting, tiny_training
+from tiny import (
+    CLEAN,
+    one_pack,
+    save_tiny_model,
+    tiny_data,
+    tiny_pack,
+    tiny_run,
+    tiny_setting,
+    tiny_training,
+)
 from torch import nn
 
 from aqn_tune.faults import BitFlip, DeadZone, RelativeGaussian
 from aqn_tune.faults.base import GRADIENT_SITES
 from aqn_tune.injection.address import AddressBook
-from aqn_tune.models.load import build_model, load_tokenizer
 from aqn_tune.quantization import MXFP4
 from aqn_tune.study.device import Device
 from aqn_tune.study.runs import Condition, Run, pack_key
 from aqn_tune.training.arena import Arena
-from aqn_tune.training.data import TokenSet, load_tokens
 from aqn_tune.training.engine import ENGINE
 from aqn_tune.training.evaluate import evaluate
 from aqn_tune.training.pack import ReplicaPack
@@ -56,13 +64,13 @@ def full_run(
     forward = tuple(fault for fault in device.faults if fault.site not in GRADIENT_SITES)
     met = device.model_copy(update={"faults": tuple(f for f in forward if not f.is_off())})
     own = (Condition(name="faulty", scenario="t", device=met),)
-    return Run(
+    return tiny_run(
+        seed=seed,
+        policy=policy,
         training=training,
         device=device,
-        noise=noise(training, policy) if policy else None,
         train_layers=train_layers,
-        seed=seed,
-        conditions=(CLEAN, FAULTY, *own) if own[0].device.faults or quantized else (CLEAN, FAULTY),
+        conditions=(CLEAN, FAULTY, *own) if met.faults or quantized else (CLEAN, FAULTY),
     )
 
 
@@ -86,26 +94,15 @@ def mixed_runs() -> list[Run]:
     ]
 
 
-def train(
-    folder: Path, runs: list[Run], *, dtype: str = "float32", steps: int = STEPS
-) -> ReplicaPack:
-    setting = tiny_setting(folder, dtype=dtype)
-    data = load_tokens(load_tokenizer(setting.model), setting.task.splits().train, 64)
-    pack = ReplicaPack(build_model(setting.model), runs, data)
-    pack.train_to(steps)
-    return pack
+train = functools.partial(tiny_pack, steps=STEPS)
 
 
-def tokens_of(folder: Path) -> TokenSet:
-    setting = tiny_setting(folder)
-    return load_tokens(load_tokenizer(setting.model), setting.task.splits().test, 64)
-
-
+@exact
 def test_a_run_in_a_pack_equals_the_run_alone_bit_for_bit(folder: Path) -> None:
     runs = mixed_runs()
     together = train(folder, runs)
     assert not together.failures
-    data = tokens_of(folder)
+    data = tiny_data(folder, "test")
     evaluated = list(evaluate(together, data, 16, stream="test"))
     assert not [one.error for one in evaluated if one.error]
     for index, run in enumerate(runs):
@@ -120,24 +117,36 @@ def test_a_run_in_a_pack_equals_the_run_alone_bit_for_bit(folder: Path) -> None:
     assert not together.failures
 
 
+def held_to_transformers() -> list[Run]:
+    return [
+        full_run(2, DEAD, steps=50),
+        full_run(4, DEAD, steps=50, policy={"targeting": "global"}),
+        full_run(6, DEAD, steps=50, policy={"carrier": "rmsnorm_weight"}, learning_rate=5e-4),
+    ]
+
+
+@pytest.fixture(scope="module")
+def in_float64(folder: Path) -> ReplicaPack:
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Qwen2RMSNorm, "forward", true_float64_rmsnorm)
+        return train(folder, held_to_transformers(), dtype="float64", steps=50)
+
+
 @pytest.mark.parametrize("index", range(3))
 def test_a_pack_equals_transformers_in_float64(
-    folder: Path, index: int, monkeypatch: pytest.MonkeyPatch
+    folder: Path, in_float64: ReplicaPack, index: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To 1e-9 over 20 steps, loss by loss."""
+    """To 1e-9 over 50 steps, loss by loss."""
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
     monkeypatch.setattr(Qwen2RMSNorm, "forward", true_float64_rmsnorm)
-    runs = [
-        full_run(2, DEAD, steps=20),
-        full_run(4, DEAD, steps=20, policy={"targeting": "global"}),
-        full_run(6, DEAD, steps=20, policy={"carrier": "rmsnorm_weight"}, learning_rate=5e-4),
-    ]
-    pack = train(folder, runs, dtype="float64", steps=20)
-    expected = oracle_losses(folder, runs[index], 20)
-    assert pack.train_losses[index] == pytest.approx(expected, rel=0, abs=1e-9)
+    expected = oracle_losses(folder, held_to_transformers()[index], 50)
+    assert in_float64.train_losses[index] == pytest.approx(expected, rel=0, abs=1e-9)
 
 
+@exact
 def test_a_diverging_neighbour_fails_alone(folder: Path) -> None:
     run = mixed_runs()[2]
     wild = run.model_copy(update={"training": TRAINING.model_copy(update={"learning_rate": 1e38})})

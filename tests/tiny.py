@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from aqn_tune.faults import Fault
 from aqn_tune.models.locate import EMBEDDED_FOLDER, fingerprint
 from aqn_tune.models.spec import ModelSpec
 from aqn_tune.noise import NoisePolicy
+from aqn_tune.study.device import Device
 from aqn_tune.study.runs import Condition, Pack, Run, Setting
 from aqn_tune.study.training import TrainingSpec
 from aqn_tune.tasks import WordProblems
+from aqn_tune.tasks.splitting import SplitName
+
+if TYPE_CHECKING:
+    from aqn_tune.training.data import TokenSet
+    from aqn_tune.training.pack import ReplicaPack
 
 LAYERS = 4
+CLEAN = Condition(name="clean")
 
 
 def save_tiny_model(folder: Path, *, layers: int = LAYERS) -> Path:
@@ -76,4 +86,42 @@ def one_pack(*runs: Run, rungs: tuple[int, ...], **changes: object) -> Pack:
     return Pack.model_validate({**values, **changes})
 
 
-CLEAN = Condition(name="clean")
+def tiny_run(
+    *faults: Fault,
+    seed: int = 2,
+    policy: dict[str, object] | None = None,
+    training: TrainingSpec | None = None,
+    **changes: object,
+) -> Run:
+    """Return a run of `tiny_training` that meets `faults` and trains with the noise of `policy`."""
+    training = training or tiny_training()
+    values: dict[str, object] = {
+        "training": training,
+        "device": Device(faults=faults),
+        "noise": noise(training, policy) if policy else None,
+        "seed": seed,
+        "conditions": (CLEAN,),
+    }
+    return Run.model_validate({**values, **changes})
+
+
+def tiny_data(folder: Path, split: SplitName = "train") -> TokenSet:
+    """Return a split of `tiny_setting` as tensors."""
+    from aqn_tune.models.load import load_tokenizer
+    from aqn_tune.training.data import load_tokens
+
+    setting = tiny_setting(folder)
+    return load_tokens(load_tokenizer(setting.model), getattr(setting.task.splits(), split), 64)
+
+
+def tiny_pack(
+    folder: Path, runs: Sequence[Run], *, dtype: str = "float32", steps: int = 0
+) -> ReplicaPack:
+    """Return a pack of `runs` on the tiny model that has taken `steps` steps."""
+    from aqn_tune.models.load import build_model
+    from aqn_tune.training.pack import ReplicaPack
+
+    model = build_model(tiny_setting(folder, dtype=dtype).model)
+    pack = ReplicaPack(model, runs, tiny_data(folder))
+    pack.train_to(steps)
+    return pack

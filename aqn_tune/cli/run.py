@@ -120,9 +120,6 @@ def run_study(
     scenarios = resolve_scenarios(study)
     study.task.splits()  # a row that cannot be read ends the run here, with nothing written
     folder = study_folder(study)
-    if fresh:
-        check_rows(study, setting, engine)
-        check_rounding(study, setting, engine)
     with _set_aside(folder) if fresh else nullcontext():
         return _run(study, setting, scenarios, folder, engine=engine, progress=progress)
 

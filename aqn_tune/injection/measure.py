@@ -235,11 +235,13 @@ class NoiseAudit:
         noise = (noised - plain).div_(scale)
         if count < keep.numel():
             noise.masked_fill_(~keep, 0.0)
-        squares = float(torch.linalg.vector_norm(noise, dtype=torch.float64)) ** 2
+        # Products, not powers: those of Python raise where these are infinite, and would take the pack along.
+        norm = float(torch.linalg.vector_norm(noise, dtype=torch.float64))
+        squares = norm * norm
         record = self.sums[replica].setdefault(layer, [0.0, 0.0, 0.0, 0.0])
         record[0] += 1
         record[1] += count
-        record[2] += count * scheduled**2
+        record[2] += count * scheduled * scheduled
         record[3] += squares
         realised = math.sqrt(squares / count) if count else 0.0
         if not within_sampling_error(realised, scheduled, count):

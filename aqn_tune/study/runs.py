@@ -171,8 +171,9 @@ def pack_key(run: Run) -> str:
     if isinstance(method, Lora):
         scaling = method.alpha / method.rank
         # Zeros appended to a sum change no bit of it as long as its terms keep their order. They do with
-        # AVX-512; other kernels choose it by the number of columns, and packs differ by rounding. There
-        # too a product with one column goes another way, and one with more than 160 in other blocks.
+        # AVX-512, but for wide layers in float64; other kernels choose it by the number of columns, and packs
+        # differ by rounding. There too a product with one column goes another way, and one with more than 160
+        # in other blocks.
         if method.rank not in MIXED_RANKS:
             apart["rank"] = method.rank
         # Scalings that differ multiply another factor of the product than one that all share does. Only
