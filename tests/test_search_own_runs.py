@@ -395,62 +395,48 @@ def test_rows_of_a_worker_that_died_are_not_said_twice(tmp_path: Path) -> None:
 # -- the confirmation ------------------------------------------------------------------------------
 
 
+BOTH_TIMES: dict[str, Any] = {"sweep": {"during": ["both", "eval"]}}
+"""Two scenarios that share their clean arm: a run of one serves the other."""
+
+
+def broken_off(root: Path, which: int) -> tuple[Study, Ledger, str]:
+    """Run a study whose confirm pack number `which` breaks off; return it, its ledger and the pack."""
+    quiet = study_of(root / "quiet", reuse=False, **BOTH_TIMES)
+    _, packs = run(quiet, "search confirm")
+    trained = [pack.name for pack in packs if pack.stage == "confirm" and pack.rungs != (0,)]
+    study = study_of(root / "broken", reuse=False, **BOTH_TIMES)
+    ledger, _ = run(study, "search confirm", how=inline_packs(breaks=trained[which]))
+    return study, ledger, trained[which]
+
+
+@pytest.mark.parametrize("which", [0, -1], ids=["before", "after"])
 def test_a_confirm_run_of_its_own_that_broke_off_is_a_gap_until_it_was_tried_again(
-    tmp_path: Path,
+    tmp_path: Path, which: int
 ) -> None:
-    """Another cell may have trained the same: without a row, verdicts were written over the gap."""
-    changes: dict[str, Any] = {"sweep": {"during": ["both", "eval"]}}
-    study = study_of(tmp_path, reuse=False, **changes)
-    _, packs = run(study, "search confirm")
-    last = [pack.name for pack in packs if pack.stage == "confirm"][-1]
-    again = study_of(tmp_path / "again", reuse=False, **changes)
-    ledger, _ = run(again, "search confirm", how=inline_packs(breaks=last))
+    """Before or after another cell has trained the same: verdicts were written over the gap.
+
+    After it there was no row to tell; before it the row was replaced by that of the other cell.
+    """
+    study, ledger, name = broken_off(tmp_path, which)
     broken = [row for row in ledger.own_trainings.values() if row.error]
-    assert broken
-    assert {row.pack for row in broken} == {last}
+    assert {row.pack for row in broken} == {name}
     assert any(ledger.trainings[row.training_key].status == "finished" for row in broken)
-    gaps = load_results(study_folder(again)).gaps
+    gaps = load_results(study_folder(study)).gaps
     assert any("train for themselves (--no-reuse) broke off" in gap for gap in gaps)
-    ledger, packs = run(again, "confirm")
-    assert [pack.name for pack in packs] == [last]
+    ledger, packs = run(study, "confirm")
+    assert [pack.name for pack in packs] == [name]
     assert not any(row.error for row in ledger.own_trainings.values())
-    gaps = load_results(study_folder(again)).gaps
-    assert not any("--no-reuse" in gap for gap in gaps)
-
-
-def test_a_run_that_broke_off_before_another_cell_finished_the_same_is_still_a_gap(
-    tmp_path: Path,
-) -> None:
-    """The original bug: its row was replaced by that of the other cell, and it passed as done."""
-    changes: dict[str, Any] = {"sweep": {"during": ["both", "eval"]}}
-    study = study_of(tmp_path / "quiet", reuse=False, **changes)
-    _, packs = run(study, "search confirm")
-    first = next(pack.name for pack in packs if pack.stage == "confirm" and pack.rungs != (0,))
-    again = study_of(tmp_path / "again", reuse=False, **changes)
-    ledger, _ = run(again, "search confirm", how=inline_packs(breaks=first))
-    broken = [row for row in ledger.own_trainings.values() if row.error]
-    finished = [row for row in broken if ledger.trainings[row.training_key].status == "finished"]
-    assert finished, "another cell has trained the same"
-    assert load_results(study_folder(again)).gaps
-    ledger, packs = run(again, "confirm")
-    assert [pack.name for pack in packs] == [first]
-    assert not any(row.error for row in ledger.own_trainings.values())
-    assert not load_results(study_folder(again)).gaps
+    assert not load_results(study_folder(study)).gaps
 
 
 def test_a_run_of_its_own_that_broke_off_is_no_gap_where_runs_are_shared_again(
     tmp_path: Path,
 ) -> None:
     """The original bug: nothing was queued for it any more, and every run ended without verdicts."""
-    changes: dict[str, Any] = {"sweep": {"during": ["both", "eval"]}}
-    study = study_of(tmp_path, reuse=False, **changes)
-    _, packs = run(study, "search confirm")
-    last = [pack.name for pack in packs if pack.stage == "confirm"][-1]
-    again = study_of(tmp_path / "again", reuse=False, **changes)
-    run(again, "search confirm", how=inline_packs(breaks=last))
-    assert load_results(study_folder(again)).gaps
-    shared = study_of(tmp_path / "again", reuse=True, **changes)
-    write_study(shared, study_folder(shared))
+    study, _, _ = broken_off(tmp_path, -1)
+    assert load_results(study_folder(study)).gaps
+    compute = study.compute.model_copy(update={"reuse": True})
+    shared = study.model_copy(update={"compute": compute})
     run(shared, "confirm")
     assert not load_results(study_folder(shared)).gaps
 
