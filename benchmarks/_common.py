@@ -330,6 +330,8 @@ def write(
 
 # -- pictures ---------------------------------------------------------------------------------------
 
+TICKS_APART, LABELS_APART = 30, 13
+"""Pixels between numbers on an axis, and between the names of curves."""
 COLOURS = ("#48a", "#c73", "#5a5", "#a5a", "#888")
 
 
@@ -404,8 +406,12 @@ def curves(title: str, note: str, panels: Sequence[tuple[str, str, Sequence[Curv
             parts.append(
                 f'<text x="{at_x - 5}" y="{y + 4:.1f}" text-anchor="end">{2.0**power:g}</text>'
             )
+        taken = -math.inf
         for value in sorted({x for line in lines for x, _ in line.points}):
             x, _ = place(value, 2.0**y_low)
+            if x - taken < TICKS_APART:
+                continue
+            taken = x
             parts.append(
                 f'<text x="{x:.1f}" y="{at_y + size + 16}" text-anchor="middle">{value:g}</text>'
             )
@@ -413,18 +419,28 @@ def curves(title: str, note: str, panels: Sequence[tuple[str, str, Sequence[Curv
             f'<text x="{at_x + size / 2}" y="{at_y + size + 34}" text-anchor="middle" fill="#666">'
             f"{escape(label)}</text>"
         )
+        heights = _apart([place(*line.points[-1])[1] for line in lines])
         for index, line in enumerate(lines):
             colour = COLOURS[index % len(COLOURS)]
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*p) for p in line.points))
-            end_x, end_y = place(*line.points[-1])
+            end_x, _ = place(*line.points[-1])
             parts.append(
                 f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>'
             )
             parts.append(
-                f'<text x="{end_x + 5:.1f}" y="{end_y + 4:.1f}" fill="{colour}">'
+                f'<text x="{end_x + 5:.1f}" y="{heights[index] + 4:.1f}" fill="{colour}">'
                 f"{escape(line.name)}</text>"
             )
     return _svg(2 * (size + gap + 60) + 60, top + rows * (size + 90), title, note, parts)
+
+
+def _apart(heights: Sequence[float]) -> list[float]:
+    """Return the heights of labels, moved down where one would lie on another."""
+    placed = list(heights)
+    last = -float("inf")
+    for index in sorted(range(len(placed)), key=placed.__getitem__):
+        placed[index] = last = max(placed[index], last + LABELS_APART)
+    return placed
 
 
 def _svg(width: float, height: float, title: str, note: str, parts: Sequence[str]) -> str:

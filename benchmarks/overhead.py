@@ -5,11 +5,11 @@
 Three rungs, half of the trials stopped at each, two workers that are reused, one parameter on a log scale
 and one choice, in three ways in turn, each in a process of its own:
 
-bare     Ray Tune alone: random search, no logger, no snapshot; its ASHA.
-usual    Ray Tune as one would write it: OptunaSearch (TPE), ASHA, its own loggers and snapshots.
-aqn-tune a search of the package: Optuna and ASHA asked by its driver, every report and every decision in
-         the ledger before the next, TensorBoard, three replicates per trial (so three runs' rows, clean and
-         faulty evaluations, a state file at each rung), and an engine that returns made-up losses at once.
+Ray Tune       alone: random search, no logger, no snapshot; its ASHA.
+Ray + Optuna   as one would write it: OptunaSearch (TPE), ASHA, its own loggers and snapshots.
+aqn-tune       a search of the package: Optuna and ASHA asked by its driver, every report and decision in the
+               ledger before the next, TensorBoard, three replicates per trial (so three runs' rows, clean and
+               faulty evaluations, a state file at each rung), and an engine that makes up losses at once.
 
 The clock of a way runs from its first trial that has ended to its last, so that imports and the start of
 Ray are outside. Printed are milliseconds per trial, and how they and the memory of the driver grow from the
@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
-BARE, USUAL, PACKAGE = "Ray Tune, bare", "Ray Tune, Optuna and loggers", "aqn-tune"
+BARE, USUAL, PACKAGE = "Ray Tune", "Ray + Optuna", "aqn-tune"
 WAYS = (BARE, USUAL, PACKAGE)
 RUNGS = 3
 PARTS = 8
