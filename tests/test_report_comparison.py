@@ -223,7 +223,10 @@ def test_what_only_goes_along_is_no_key_of_its_own(
     assert [one.key for one in together([Difference(*one) for one in found])] == kept
 
 
-def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)  # a name must not be cut in two
     with pytest.raises(SystemExit) as stopped:
         main(["compare", f"{folder}:targeted", "global"])
     assert stopped.value.code in (0, None)

@@ -55,10 +55,17 @@ def test_a_cluster_without_a_core_wants_a_number(monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_ray_says_of_its_nodes_is_logged_and_not_printed(
-    ray_two: None, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    ray_two: None,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # What other tests have left at the root would print it.
+    logger = logging.getLogger("aqn_tune.search.cluster")
+    monkeypatch.setattr(logger, "propagate", False)
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
     said = {"lines": ["The node with node id: f00 has been marked dead"], "pid": "raylet"}
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="aqn_tune.search.cluster"):
         ray._private.worker.print_to_stdstream({**said, "is_err": False}, ignore_prefix=False)
     assert capfd.readouterr() == ("", "")
     assert caplog.messages == ["(raylet) The node with node id: f00 has been marked dead"]
