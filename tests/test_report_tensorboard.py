@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -433,8 +433,8 @@ class Server:
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
-    def get(self, route: str) -> Any:
-        """Return the answer to a question without a body, once TensorBoard has loaded what it is about."""
+    def get(self, route: str, ready: Callable[[Any], bool]) -> Any:
+        """Return the answer to a question without a body, once TensorBoard has loaded all it is about."""
         for _ in range(240):
             if self.process.poll() is not None:
                 raise RuntimeError(f"TensorBoard ended with {self.process.returncode}")
@@ -443,7 +443,7 @@ class Server:
                     f"{self.url}/data/plugin/{route}", timeout=20
                 ) as answer:
                     found = json.load(answer)
-                if found:
+                if ready(found):
                     return found
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 pass
@@ -572,7 +572,10 @@ def test_the_charts_of_a_scenario_have_a_line_per_arm_with_its_interval(
 
 @pytest.mark.slow
 def test_tensorboard_lays_the_charts_out_by_scenario(server: Server, curves: Curves) -> None:
-    layout = server.get("custom_scalars/layout")
+    sections = 2 * 2  # of two stages, each with two scenarios
+    layout = server.get(
+        "custom_scalars/layout", lambda found: len(found.get("category", ())) >= sections
+    )
     assert sorted(section["title"] for section in layout["category"]) == [
         f"{stage}: both-threshold{level}" for stage in ("confirm", "search") for level in (0.1, 0.5)
     ]
