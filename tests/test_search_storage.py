@@ -39,17 +39,17 @@ def full(*_: Any) -> None:
 
 def over(before: Exception, error: Exception, how: str = "") -> Exception:
     """Return `error` as it is when raised where `before` is handled, from it, from None or from nothing."""
-    try:
+    with pytest.raises(type(error)) as raised:
         try:
             raise before
-        except Exception:
+        except type(before):
             if how == "from it":
                 raise error from before
             if how == "from None":
                 raise error from None
             raise error  # noqa: B904 - that it names no cause is the point
-    except Exception as raised:
-        return raised
+    assert raised.value is error
+    return error
 
 
 IS_FULL = "/data/ledger.jsonl: no space is left"
@@ -233,7 +233,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "disk"
     place.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # In any other language its refusal would not be known for one.
+    english = {**os.environ, "LC_ALL": "C"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=english)
     if done.returncode and re.search("permission denied|not permitted", done.stderr):
         pytest.skip(f"this container may not mount a file system: {done.stderr.strip()}")
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,8 @@ from tiny import CLEAN, one_pack, save_tiny_model, tiny_setting, tiny_training
 
 from aqn_tune.errors import storage_error
 from aqn_tune.models.load import build_model, load_tokenizer
-from aqn_tune.study.runs import Run
+from aqn_tune.study.engine import PackTraining
+from aqn_tune.study.runs import Run, Setting
 from aqn_tune.training.data import load_tokens
 from aqn_tune.training.engine import ENGINE
 
@@ -38,17 +39,22 @@ def plain_loss(model, tokens) -> float:
     return total / count
 
 
+def exporting(
+    setting: Setting, method: str, target: Path, *, rungs: tuple[int, ...]
+) -> PackTraining:
+    """Return a pack of one run that is exported to `target` at its last rung."""
+    changes = {"method": {"kind": "full"}, "learning_rate": 1e-3} if method == "full" else {}
+    run = Run(training=tiny_training(**changes), seed=2, conditions=(CLEAN,))
+    pack = one_pack(run, rungs=rungs, export={run.training_key(setting): str(target)})
+    return ENGINE.open_pack(pack, setting, ENGINE.load(setting, "test", 64))
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_export_reproduces_the_recorded_clean_loss(
     folder: Path, tmp_path: Path, method: str
 ) -> None:
-    setting = tiny_setting(folder)
-    changes = {"method": {"kind": "full"}, "learning_rate": 1e-3} if method == "full" else {}
-    run = Run(training=tiny_training(**changes), seed=2, conditions=(CLEAN,))
-    key = run.training_key(setting)
-    target = tmp_path / "adapter"
-    pack = one_pack(run, rungs=(3, 6), export={key: str(target)})
-    opened = ENGINE.open_pack(pack, setting, ENGINE.load(setting, "test", 64))
+    setting, target = tiny_setting(folder), tmp_path / "adapter"
+    opened = exporting(setting, method, target, rungs=(3, 6))
     assert opened.advance().trainings[0].adapter == ""
     assert not target.exists()
     report = opened.advance()
@@ -71,12 +77,8 @@ def test_a_disk_that_does_not_take_the_weights_is_an_error_of_the_storage(
     folder: Path, tmp_path: Path, method: str
 ) -> None:
     """safetensors has an error of its own: the pack was recorded as broken off, its runs were lost."""
-    setting = tiny_setting(folder)
-    changes = {"method": {"kind": "full"}, "learning_rate": 1e-3} if method == "full" else {}
-    run = Run(training=tiny_training(**changes), seed=2, conditions=(CLEAN,))
     target = tmp_path / "adapter"
-    pack = one_pack(run, rungs=(6,), export={run.training_key(setting): str(target)})
-    opened = ENGINE.open_pack(pack, setting, ENGINE.load(setting, "test", 64))
+    opened = exporting(tiny_setting(folder), method, target, rungs=(6,))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
     try:
