@@ -46,7 +46,11 @@ def pack_hash(pack: Pack) -> str:
 
 
 def write_state(path: Path, pack: Pack, saved: SavedState) -> None:
-    """Write a state file. It is replaced as a whole: a reader never finds half of one."""
+    """Write a state file. It is replaced as a whole: a reader never finds half of one.
+
+    It does not wait for the disk. What a failure of the machine takes from the file its digest shows
+    (see `read_state`), and the pack is trained again.
+    """
     header = {
         "pack": pack_hash(pack),
         "report": REPORT.dump_python(saved.report, mode="json"),
@@ -57,8 +61,6 @@ def write_state(path: Path, pack: Pack, saved: SavedState) -> None:
     with new.open("wb") as file:
         file.write(json.dumps(header).encode() + b"\n")
         file.write(saved.state)
-        file.flush()
-        os.fsync(file.fileno())
     new.replace(path)
 
 
