@@ -20,7 +20,8 @@ from aqn_tune.report.curve import look_of
 from aqn_tune.report.loading import load_results
 from aqn_tune.report.page import context, render_html, render_markdown
 from aqn_tune.report.parquet import run_lines
-from aqn_tune.report.results import Results
+from aqn_tune.report.record_tables import SHOWN_FAILED, failed_table
+from aqn_tune.report.results import FailedRun, Results
 from aqn_tune.report.summary import summary_of, summary_text
 from aqn_tune.report.text import MINUS
 from aqn_tune.report.verdict_file import verdict_content
@@ -229,6 +230,34 @@ def test_failed_runs_are_listed_with_their_reason(broken: Results) -> None:
         ["confirm", "confirm/both-threshold0.2/targeted/5", "20", "loss is not finite at step 7"]
     ]
     assert "runs failed" in summary_of(broken)
+
+
+@pytest.mark.parametrize(
+    ("count", "note"), [(SHOWN_FAILED, None), (1000, "950 more are not shown")]
+)
+def test_a_thousand_failures_do_not_bury_the_page(
+    results: Results, monkeypatch: pytest.MonkeyPatch, count: int, note: str | None
+) -> None:
+    """The failures of the confirmation come last in the ledger and first in the table."""
+    failed = [
+        FailedRun("search", (f"search/a/config{n:04}/0",), f"k{n}", 7, f"not finite {n % 2}")
+        for n in range(count - 2)
+    ]
+    failed += [FailedRun("confirm", (f"confirm/a/global/{n}",), f"c{n}", 7, "end") for n in (0, 1)]
+    # worked out once for each study, and kept
+    monkeypatch.setitem(vars(results), "failed", tuple(failed))
+    table = failed_table(results)
+    assert table is not None
+    assert len(table.rows) == SHOWN_FAILED
+    assert [row[1] for row in table.rows[:3]] == [
+        *(run.cells[0] for run in failed[-2:]),
+        failed[0].cells[0],
+    ]
+    said = [one for one in table.notes if "not shown" in one]
+    assert len(said) == (note is not None)
+    if note is not None:
+        assert said[0].startswith(f"{note}; runs.parquet has all 1,000.")
+        assert said[0].endswith("499 times: not finite 0; 499 times: not finite 1; 2 times: end.")
 
 
 def test_inconclusive_is_never_printed_as_equivalent(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ Donated = tuple[Study, StudyFolder]
 def test_controls_of_another_study_are_taken_and_say_where_from(
     donor: Donated, tmp_path: Path
 ) -> None:
-    timed = {"seconds": 9.0, "eval_seconds": 3.0, "generate_seconds": 2.0}
+    timed = {"seconds": 9.0, "eval_seconds": 3.0, "generate_seconds": 2.0, "compile_seconds": 1.0}
     edit_rows(lambda row: row["kind"] == "training", timed)(donor[1])
     mine = study_of(tmp_path / "runs", confirm={"alpha": 0.01})
     log = tmp_path / "log"
@@ -108,8 +108,8 @@ def test_controls_of_another_study_are_taken_and_say_where_from(
     assert set(sources(ledger)) == {f"{name}/control000", f"{name}/control001"}
     taken = [row for row in ledger.trainings.values() if row.source]
     assert len(taken) >= CONTROLS
-    spent = {(row.seconds, row.eval_seconds, row.generate_seconds) for row in taken}
-    assert spent == {(0.0, 0.0, 0.0)}, "it was not spent here"
+    spent = {tuple(getattr(row, name) for name in timed) for row in taken}
+    assert spent == {(0.0, 0.0, 0.0, 0.0)}, "it was not spent here"
     assert said[0] == f"{CONTROLS} trainings reused from {name}"
     assert all(
         row.source for row in ledger.evaluations.values() if row.training_key == taken[0].training_key

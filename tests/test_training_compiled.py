@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from exactness import exact
-from tiny import CLEAN, noise, save_tiny_model, tiny_setting, tiny_training
+from tiny import CLEAN, noise, one_pack, save_tiny_model, tiny_setting, tiny_training
 
 from aqn_tune.errors import UserError
 from aqn_tune.faults import DeadZone, RelativeGaussian
@@ -20,6 +20,7 @@ from aqn_tune.quantization import MXFP4
 from aqn_tune.study.device import Device
 from aqn_tune.study.runs import Run
 from aqn_tune.training.data import load_tokens
+from aqn_tune.training.engine import ENGINE
 from aqn_tune.training.pack import ReplicaPack
 
 torch.set_num_threads(1)
@@ -56,7 +57,8 @@ def train(folder: Path, runs: list[Run]) -> ReplicaPack:
 
 @exact
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_compiled_packs_agree_with_themselves_and_with_eager_ones(folder: Path) -> None:
     runs = [run(2, "global"), run(2, "targeted"), run(4, "global", learning_rate=1e-3)]
     together = train(folder, runs)
@@ -75,6 +77,27 @@ def test_compiled_packs_agree_with_themselves_and_with_eager_ones(folder: Path) 
     for mine, theirs in zip(together.train_losses, eager.train_losses, strict=True):
         assert mine[:4] == pytest.approx(theirs[:4], abs=1e-4)
     assert not any("forward" in layer.__dict__ for layer in decoder_layers(together.model))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_a_row_says_how_long_its_pack_was_compiled(folder: Path) -> None:
+    """Or a calibration takes the compiler's time for that of the steps."""
+    setting = tiny_setting(folder)
+    shared = ENGINE.load(setting, "test", 64)
+    # what another test has compiled in this process is not compiled again
+    torch.compiler.reset()
+    compiling = {}
+    for is_compiled in (True, False):
+        pack = one_pack(run(2, "global", compile=is_compiled), rungs=(8,))
+        report = ENGINE.open_pack(pack, setting, shared).advance()
+        row = report.trainings[0]
+        assert row.status == "finished", row.error
+        assert 0 <= row.compile_seconds < row.seconds - row.eval_seconds
+        compiling[is_compiled] = row.compile_seconds
+    assert compiling[True] > 0
+    assert compiling[False] == 0
 
 
 ON_WEIGHTS: dict[str, Any] = {"layers": (0,), "modules": ("linear",), "site": "weight"}

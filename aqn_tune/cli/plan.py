@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from aqn_tune.cli.options import Json, NoReuse, Overrides, PackSize, StudyFile, with_compute
 from aqn_tune.cli.output import console, duration, print_json, size, table
+from aqn_tune.study.compiling import Compiled
 from aqn_tune.study.effort import StagePlan
 from aqn_tune.study.loading import load_study
 from aqn_tune.study.plan import MOST_STAGES, Plan, ScenarioPlan, SigmaStage, make_plan
@@ -153,5 +154,17 @@ def _closing(plan: Plan) -> Iterator[str]:
             f"time      about {duration(estimate.seconds)}, at most "
             f"{duration(estimate.most_seconds)}, {who}; {estimate.source}"
         )
+    if estimate.compiled is not None:
+        yield _compiled(estimate.compiled)
     disk = "not measured" if estimate.bytes is None else f"about {size(estimate.bytes)}"
     yield f"disk      {disk}"
+
+
+def _compiled(found: Compiled) -> str:
+    """Say whether compiled layers would pay in this study."""
+    choice = "pays here" if found.pays else "does not pay here"
+    return (
+        f"compile   training.compile {choice}: about {duration(found.compiled_seconds)}, of which compiling "
+        f"takes {duration(found.compile_seconds)} with an empty cache, against "
+        f"{duration(found.plain_seconds)} without; {found.source}"
+    )

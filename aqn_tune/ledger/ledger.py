@@ -63,6 +63,8 @@ class Ledger:
         """Wall time of the evaluations of each training, a part of `seconds`."""
         self.generate_seconds: dict[str, float] = {}
         """Wall time in which each training's model wrote answers, a part of `seconds`."""
+        self.compile_seconds: dict[str, float] = {}
+        """Wall time that each training has waited for compiled layers, a part of `seconds`."""
         self.seconds: dict[str, float] = {}
         """Wall time that each training has taken so far, all its rows together."""
         self._held: list[RecordedRow] | None = None
@@ -102,6 +104,8 @@ class Ledger:
             self.eval_seconds[row.training_key] = spent + row.eval_seconds
             spent = self.generate_seconds.get(row.training_key, 0.0)
             self.generate_seconds[row.training_key] = spent + row.generate_seconds
+            spent = self.compile_seconds.get(row.training_key, 0.0)
+            self.compile_seconds[row.training_key] = spent + row.compile_seconds
             self.rungs[row.training_key, row.step_reached] = row
         elif isinstance(row, EvaluationRow):
             self.evaluations[evaluation_id(row)] = row

@@ -231,6 +231,11 @@ class TrainingRow(TakenRow):
     generate_seconds: float = Field(
         0.0, description="The part of `seconds` that writing answers took (`confirm.generate`)."
     )
+    compile_seconds: float = Field(
+        0.0,
+        exclude_if=lambda seconds: not seconds,
+        description="The part of `seconds` that compiling the layers took (`training.compile`).",
+    )
     pack: str = Field(description="Pack it ran in.")
     pack_size: int = Field(description="Replicates in that pack.")
     lockstep: int = Field(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from aqn_tune.report.results import Results, SearchedConfig
+from aqn_tune.report.results import FailedRun, Results, SearchedConfig
 from aqn_tune.report.scenario_tables import NATS
 from aqn_tune.report.table import Cell, Column, Mark, Table
 from aqn_tune.report.text import NONE, count, duration, number
 from aqn_tune.report.verdict_tables import params_text
 
 SHOWN_PER_SCENARIO = 3
+SHOWN_FAILED = 50
+"""Enough to see what they have in common; a page with a thousand of them shows nothing else."""
 
 
 def search_table(results: Results) -> Table | None:
@@ -50,9 +52,11 @@ def _value(one: SearchedConfig) -> float:
 
 
 def failed_table(results: Results) -> Table | None:
-    """Return the runs that failed, None when none did."""
+    """Return the runs that failed, those of the confirmation first; None when none did."""
     if not results.failed:
         return None
+    # An arm without a mean is a larger loss than a config of the search.
+    failed = sorted(results.failed, key=lambda run: run.stage != "confirm")
     rows = tuple(
         (
             Mark(run.stage, "failed"),
@@ -61,7 +65,7 @@ def failed_table(results: Results) -> Table | None:
             str(run.step_reached),
             run.error,
         )
-        for run in results.failed
+        for run in failed[:SHOWN_FAILED]
     )
     columns = (
         Column("stage", align="left"),
@@ -70,7 +74,19 @@ def failed_table(results: Results) -> Table | None:
         Column("why", align="left"),
     )
     note = "A failed run never becomes a number: its arm has no mean and its contrasts no test."
-    return Table("Failed runs", columns, rows, (note,))
+    return Table("Failed runs", columns, rows, (note, *_further(failed)))
+
+
+def _further(failed: Sequence[FailedRun]) -> Iterator[str]:
+    """Yield how many runs are not shown, by what ended them, and where all are."""
+    if len(failed) <= SHOWN_FAILED:
+        return
+    reasons = Counter(run.error for run in failed)
+    most = "; ".join(f"{n:,} times: {error}" for error, n in reasons.most_common(3))
+    yield (
+        f"{len(failed) - SHOWN_FAILED:,} more are not shown; runs.parquet has all {len(failed):,}. What "
+        f"ended most of them: {most}."
+    )
 
 
 def missing_table(results: Results) -> Table | None:

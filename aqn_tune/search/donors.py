@@ -18,7 +18,7 @@ from aqn_tune.study.runs import Condition, Run
 from aqn_tune.study.schema import Study
 from aqn_tune.study.sweep import resolve_scenarios
 
-_TIMES = ("seconds", "eval_seconds", "generate_seconds")
+_TIMES = ("seconds", "eval_seconds", "generate_seconds", "compile_seconds")
 
 
 def find_donors(

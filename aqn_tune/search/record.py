@@ -30,6 +30,7 @@ _NOT_COMPARED = {
     "seconds",
     "eval_seconds",
     "generate_seconds",
+    "compile_seconds",
     "pack",
     "pack_size",
     "lockstep",

@@ -51,6 +51,13 @@ class Rate(Spec):
     trainings: int = Field(description="Trainings measured.")
     seconds_per_step: float = Field(gt=0, description="Seconds per step of one replicate.")
     seconds_per_row: float = Field(gt=0, description="Seconds per evaluated row of one replicate.")
+    compile_seconds: float = Field(
+        0.0,
+        ge=0,
+        exclude_if=lambda seconds: not seconds,
+        description="Seconds that a pack waited for its compiled layers, the longest measured: with "
+        "nothing in the cache. Not part of the seconds per step.",
+    )
 
 
 class Calibration(Spec):
@@ -73,6 +80,8 @@ class Costs(NamedTuple):
     bytes_per_training: float | None
     bytes_per_adapter: float | None
     source: str
+    compile_seconds: float = 0.0
+    """Of one shape of pack; see `Rate`."""
 
 
 class Sample(NamedTuple):
@@ -84,6 +93,8 @@ class Sample(NamedTuple):
     seconds: float
     eval_seconds: float = 0.0
     """What of it the evaluations took; 0 where that was not measured."""
+    compile_seconds: float = 0.0
+    """What its pack waited for compiled layers beside it."""
 
 
 def calibration_file(output: str) -> Path:
@@ -127,23 +138,45 @@ def find_costs(output: str, workload: Workload, pack_size: int) -> Costs | None:
     Looks at the calibration of the output folder, then at the one shipped for the embedded model;
     the nearest pack size is taken where this one was not measured, and `source` says all of it.
     """
-    for file, where in ((calibration_file(output), ""), (REFERENCE, "on another machine")):
-        calibration = read_calibration(file)
-        rates = [r for r in calibration.rates if r.workload == workload] if calibration else []
-        if calibration is None or not rates:
-            continue
-        rate = min(rates, key=lambda r: abs(math.log(r.pack_size / pack_size)))
-        source = f"measured {where or 'here'} ({calibration.machine})"
-        if rate.pack_size != pack_size:
-            source += f", at {rate.pack_size} replicates per trial in place of {pack_size}"
-        return Costs(
-            rate.seconds_per_step,
-            rate.seconds_per_row,
-            calibration.bytes_per_training,
-            calibration.bytes_per_adapter,
-            source,
-        )
+    for file, where in _sources(output):
+        costs = _costs_in(file, where, workload, pack_size)
+        if costs is not None:
+            return costs
     return None
+
+
+def find_both_costs(
+    output: str, one: Workload, other: Workload, pack_size: int
+) -> tuple[Costs, Costs] | None:
+    """Return the expected costs of two workloads, None where no machine has measured both."""
+    for file, where in _sources(output):
+        first, second = (_costs_in(file, where, each, pack_size) for each in (one, other))
+        if first is not None and second is not None:
+            return first, second
+    return None
+
+
+def _sources(output: str) -> tuple[tuple[Path, str], ...]:
+    return (calibration_file(output), "here"), (REFERENCE, "on another machine")
+
+
+def _costs_in(file: Path, where: str, workload: Workload, pack_size: int) -> Costs | None:
+    calibration = read_calibration(file)
+    rates = [r for r in calibration.rates if r.workload == workload] if calibration else []
+    if calibration is None or not rates:
+        return None
+    rate = min(rates, key=lambda r: abs(math.log(r.pack_size / pack_size)))
+    source = f"measured {where} ({calibration.machine})"
+    if rate.pack_size != pack_size:
+        source += f", at {rate.pack_size} replicates per trial in place of {pack_size}"
+    return Costs(
+        rate.seconds_per_step,
+        rate.seconds_per_row,
+        calibration.bytes_per_training,
+        calibration.bytes_per_adapter,
+        source,
+        rate.compile_seconds,
+    )
 
 
 def update_calibration(study: Study, setting: Setting, folder: StudyFolder) -> None:
@@ -160,12 +193,17 @@ def update_calibration(study: Study, setting: Setting, folder: StudyFolder) -> N
     rates = {(r.workload, r.pack_size): r for r in known.rates} if known else {}
     for (workload, pack_size), samples in groups.items():
         per_step, per_row = split_cost(samples, workload.batch_size)
+        before = rates.get((workload, pack_size))
         rates[workload, pack_size] = Rate(
             workload=workload,
             pack_size=pack_size,
             trainings=len(samples),
             seconds_per_step=per_step,
             seconds_per_row=per_row,
+            # What the cache has spared this time it will not spare on a fresh machine.
+            compile_seconds=max(
+                before.compile_seconds if before else 0.0, *(s.compile_seconds for s in samples)
+            ),
         )
     adapters = list(folder.adapters.rglob("adapter_model.safetensors"))
     adapter_bytes = _size(folder.adapters)
@@ -230,8 +268,15 @@ def _samples(
         if training is None or row.status != "finished" or not ledger.seconds[key] > 0:
             continue
         # Writing answers is no evaluation of a row: how long it takes depends on what is written.
-        seconds = ledger.seconds[key] - ledger.generate_seconds[key]
-        sample = Sample(row.step_reached, rows.get(key, 0), seconds, ledger.eval_seconds[key])
+        compiling = ledger.compile_seconds[key]
+        seconds = ledger.seconds[key] - ledger.generate_seconds[key] - compiling
+        sample = Sample(
+            row.step_reached,
+            rows.get(key, 0),
+            seconds,
+            ledger.eval_seconds[key],
+            compiling * row.lockstep,
+        )
         groups.setdefault((workload_of(setting, training), row.lockstep), []).append(sample)
     return groups
 

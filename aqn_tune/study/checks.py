@@ -31,7 +31,7 @@ def check_study(
     for scenario in scenarios:
         _check_device(study, scenario, layer_count)
         _check_adapters(study, scenario)
-    _check_compile(study, scenarios)
+    check_compile(study, scenarios)
     _check_counts(study, scenarios, widths)
     for name, arm in study.arms.items():
         for scenario in scenarios:
@@ -88,8 +88,8 @@ def _check_adapters(study: Study, scenario: Scenario) -> None:
             )
 
 
-def _check_compile(study: Study, scenarios: Sequence[Scenario]) -> None:
-    """Refuse compiled layers where something acts inside them, which would be compiled away."""
+def check_compile(study: Study, scenarios: Sequence[Scenario]) -> None:
+    """Raise UserError for compiled layers where something acts inside them, which would be compiled away."""
     if not study.training.compile:
         return
     key = "training.compile: got true, but"

@@ -13,6 +13,7 @@ from aqn_tune.study.arms import ArmSpec
 from aqn_tune.study.calibration import Costs, find_costs, workload_of
 from aqn_tune.study.cautions import study_cautions
 from aqn_tune.study.cells import NotAvailable, named_arms, resolve_run, stage_cells
+from aqn_tune.study.compiling import Compiled, compare_compiled, compile_wait
 from aqn_tune.study.describe import arm_text, device_text, fault_text, quantizer_text
 from aqn_tune.study.describe import ranges as ranges
 from aqn_tune.study.detectable import detectable_effect
@@ -105,6 +106,8 @@ class Estimate:
     seconds: float | None
     most_seconds: float | None
     bytes: float | None
+    compiled: Compiled | None
+    """What `training.compile` would change; None where that cannot be told."""
 
 
 @dataclass(frozen=True)
@@ -264,7 +267,7 @@ def _estimate(
     workload = workload_of(setting, study.training)
     costs = find_costs(study.output, workload, pack_size(study))
     if costs is None:
-        return Estimate("not measured", None, None, None)
+        return Estimate("not measured", None, None, None, None)
     stages = [stage for stage in (search, confirm) if stage is not None]
     workers = _worker_count(study) or 1
     exports = {
@@ -281,11 +284,16 @@ def _estimate(
     source = costs.source
     if study.confirm.generate:
         source += ", without the answers that are written (confirm.generate)"
+    compiling = compile_wait(study, costs)
+    expected = [stage.expected for stage in stages]
     return Estimate(
         source=source,
-        seconds=_seconds([stage.expected for stage in stages], costs, workers),
-        most_seconds=_seconds([stage.most for stage in stages], costs, workers),
+        seconds=_seconds(expected, costs, workers) + compiling,
+        most_seconds=_seconds([stage.most for stage in stages], costs, workers) + compiling,
         bytes=disk,
+        compiled=compare_compiled(
+            study, setting, resolve_scenarios(study), expected, workers=workers
+        ),
     )
 
 

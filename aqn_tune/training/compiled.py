@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -13,6 +14,18 @@ from aqn_tune.injection.swap import ForwardSwap
 
 _SHAPES = 64
 """How many shapes of packs a worker may meet; each is compiled once, and read from a cache after that."""
+
+
+def compile_seconds() -> float:
+    """Return the seconds that this process has spent compiling so far, or reading what was compiled before.
+
+    Compiling happens inside the first steps of a pack; the difference over a stretch of training is what
+    of it was no training.
+    """
+    # Where nothing was compiled the compiler is not imported either: that takes a second.
+    if "torch._dynamo.utils" not in sys.modules:
+        return 0.0
+    return torch._dynamo.utils.calculate_time_spent()["total_wall_time"]
 
 
 class CompiledLayers:

@@ -19,6 +19,7 @@ from aqn_tune.study.loading import model_widths
 from aqn_tune.study.runs import Condition, Pack, Run, Setting
 from aqn_tune.study.training import TrainingSpec
 from aqn_tune.tasks.splitting import SplitName
+from aqn_tune.training.compiled import compile_seconds
 from aqn_tune.training.data import TokenSet
 from aqn_tune.training.evaluate import FOLD_TOKENS, Evaluated, evaluate
 from aqn_tune.training.export import export_adapter, export_full
@@ -40,6 +41,8 @@ class _Seconds(NamedTuple):
     """With what it took to no end, before the memory ran out."""
     evaluating: float
     writing: float
+    compiling: float
+    """A part of the training before the evaluation."""
 
 
 class TorchPack:
@@ -110,6 +113,7 @@ class TorchPack:
     def _to_rung(self, group: Group) -> RungReport:
         """Take a group to the next rung and report it."""
         begun = self._begun = time.perf_counter() if self._begun is None else self._begun
+        compiled = compile_seconds()
         step, member = self._pack.rungs[self._rung], group.pack
         keys = self._keys[group.first : group.first + len(member.runs)]
         member.train_to(step)
@@ -120,6 +124,7 @@ class TorchPack:
             if replica not in member.failures
         }
         trained = time.perf_counter()
+        compiled = compile_seconds() - compiled
         before = member.weights_hash()
         evaluations = self._evaluate(member)
         evaluated = time.perf_counter()
@@ -130,7 +135,7 @@ class TorchPack:
                 member.failures.setdefault(replica, error)
         ended = time.perf_counter()
         self._begun = None
-        seconds = _Seconds(ended - begun, evaluated - trained, ended - evaluated)
+        seconds = _Seconds(ended - begun, evaluated - trained, ended - evaluated, compiled)
         rows = [
             self._evaluation_row(
                 member, keys, each, written.get((each.replica, each.condition)), step
@@ -224,6 +229,7 @@ class TorchPack:
             seconds=seconds.total / len(member.runs),
             eval_seconds=seconds.evaluating / len(member.runs),
             generate_seconds=seconds.writing / len(member.runs) if self._pack.generate else 0.0,
+            compile_seconds=seconds.compiling / len(member.runs),
             pack=self._pack.name,
             pack_size=len(self._pack.runs),
             lockstep=len(member.runs),
