@@ -87,6 +87,12 @@ def test_the_optuna_studies_open(folder: StudyFolder, tmp_path: Path) -> None:
         for trial in optuna.load_study(study_name=name, storage=storage).trials
     ]
     assert len(trials) == len(results.searched)
+    for name in names:
+        opened = optuna.load_study(study_name=name, storage=storage)
+        assert opened.metric_names == ["faulty validation loss"]
+        said = opened.user_attrs
+        assert "(0: step 5, 1: step 10, 2: step 20)" in said["intermediate values"]
+        assert "not recorded" in said["times"], "a dashboard draws them as if they were"
     storage.remove_session()
     storage.engine.dispose()
 

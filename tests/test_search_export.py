@@ -19,12 +19,11 @@ def test_a_disk_that_is_full_is_said_in_a_line_and_the_file_before_stays(tmp_pat
     folder = study_folder(study)
     ledger = search_inline(study, folder)
     before = folder.optuna.read_bytes()
-    assert study.search is not None
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40 << 10, limits[1]))
     try:
         with pytest.raises(UserError, match=r"optuna\.sqlite\.tmp: .*mend the storage"):
-            export_optuna(folder.optuna, study.search.space, make_scenarios(study), ledger)
+            export_optuna(folder.optuna, study, make_scenarios(study), ledger)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert folder.optuna.read_bytes() == before

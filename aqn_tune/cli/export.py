@@ -58,5 +58,5 @@ def export_study(study: Study, folder: StudyFolder, target: Path) -> tuple[Expor
     if study.search is None or not asked:
         return found
     database = target / "optuna.sqlite"
-    export_optuna(database, study.search.space, resolve_scenarios(study), ledger)
+    export_optuna(database, study, resolve_scenarios(study), ledger)
     return (*found, Exported(database, asked))

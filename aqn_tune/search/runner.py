@@ -102,7 +102,7 @@ def run_search(
     announce_taken(recorder.ledger, taken, announce)
     announce_broken(controls, "search", announce)
     if left or not folder.optuna.exists():
-        export_optuna(folder.optuna, study.search.space, scenarios, recorder.ledger)
+        export_optuna(folder.optuna, study, scenarios, recorder.ledger)
 
 
 def take_over(packs: Iterable[Pack], shelf: Shelf, setting: Setting, recorder: Recorder) -> None:
