@@ -10,9 +10,9 @@ is first is left to chance, so that other configs may be proposed: then no row m
 ledger holds may be trained again, every control has to be there, and each training has the numbers that its
 key has in the quiet study.
 
-A driver that comes to its end before it is killed is compared as well, and counts as no kill; one that ends
-in any other way is a defect. A control drops what the scheduler knew before the study goes on, and has to be
-found out.
+A driver that comes to its end before it is killed is compared as well and counts as no kill: the rounds go on
+until so many were killed, or twice as many have been tried. One that ends in any other way is a defect. A
+control drops what the scheduler knew before the study goes on, and has to be found out.
 """
 
 from __future__ import annotations
@@ -326,11 +326,13 @@ def _met(done: Round) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the rounds; return 1 where one or the control did not end as it has to, or where none killed."""
+    """Run the rounds; return 1 where one or the control did not end as it has to, or too few were killed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=20, help="rounds for each number of workers")
+    parser.add_argument(
+        "--kills", type=int, default=20, help="drivers killed for each number of workers"
+    )
     parser.add_argument(
         "--workers", type=int, nargs="+", default=[1, 2], help="workers of the study"
     )
@@ -342,8 +344,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for workers in options.workers:
             quiet = finish(Path(name) / f"quiet{workers}", workers)
             print(f"{workers} worker(s), undisturbed: {quiet.seconds:.0f} s", flush=True)
-            rounds = []
-            for number in range(options.kills):
+            rounds: list[Round] = []
+            for number in range(2 * options.kills):
+                if sum(one.code == KILLED for one in rounds) == options.kills:
+                    break
                 after = moments.uniform(0.05, 1.0) * quiet.seconds
                 done = killed(Path(name) / f"{workers}-{number}", quiet, Moment(seconds=after))
                 rounds.append(done)
@@ -355,12 +359,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             kills = [one for one in rounds if one.code == KILLED]
             stages = Counter(one.stage for one in kills)
             print(
-                f"{workers} worker(s): {len(kills)} of {len(rounds)} drivers killed "
+                f"{workers} worker(s): {len(kills)} drivers killed in {len(rounds)} rounds "
                 f"({', '.join(f'{count} in {stage}' for stage, count in stages.items())}), "
-                f"{sum(not one.defects for one in kills)} of those as undisturbed",
+                f"{sum(not one.defects for one in kills)} of {len(kills)} as undisturbed",
                 flush=True,
             )
-            bad += sum(bool(one.defects) for one in rounds) + (not kills)
+            bad += sum(bool(one.defects) for one in rounds) + (len(kills) < options.kills)
         quiet = finish(Path(name) / "control-quiet", 1)
         control = killed(Path(name) / "control", quiet, search_half(quiet), forget=True)
         found = "found out: " + "; ".join(control.defects) if control.defects else "NOT FOUND OUT"
