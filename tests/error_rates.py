@@ -1,6 +1,6 @@
 """How often the protocol is wrong, on ten thousand simulated studies with a known truth for every line.
 
-    python tests/error_rates.py [--studies 10000]
+    python tests/error_rates.py [--studies 10000] [--only looks]
 
 Paired differences have mean `effect` and standard deviation 1, and are normal, heavy-tailed (Student's t with
 3 degrees of freedom) or strongly skewed (lognormal, skewness 6). A study judges a family of five contrasts,
@@ -17,12 +17,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from aqn_tune.evidence import PairedContrast, Verdict, judge, paired_contrast
+from aqn_tune.evidence.looks import settled
 from aqn_tune.evidence.power import detection_power
+from aqn_tune.study.looks import alpha_at_look
 
 ALPHA = 0.05
 FAMILY = 5
 STUDIES = 10_000
 CLAIMS = (Verdict.BETTER, Verdict.WORSE)
+LOOKS = (6, 9, 12)
+POCOCK = 0.0221
+"""Nominal level of three looks in Pocock's design (normal data, equal steps, one test)."""
 
 Draw = Callable[[np.random.Generator, tuple[int, ...]], Any]
 
@@ -121,11 +126,104 @@ def coverage(n: int, draw: Draw, studies: int, *, seed: int = 3) -> Rate:
     return Rate(held / studies, studies)
 
 
+class Sequential(NamedTuple):
+    """What studies come to that are judged at several looks."""
+
+    any_claim: Rate
+    """Studies that claim a difference at any look that was judged: between looks the report shows it."""
+    any_equivalent: Rate
+    """Studies that call a contrast equivalent at any look that was judged."""
+    found: Rate
+    """Contrasts that are better at the look at which their study ended."""
+    seeds: float
+    """Seeds of a study, on average."""
+
+
+def sequential(
+    draw: Draw,
+    studies: int,
+    *,
+    effect: float = 0.0,
+    family: int = FAMILY,
+    margin: float | None = None,
+    looks: tuple[int, ...] = LOOKS,
+    level: float | None = None,
+    seed: int = 4,
+) -> Sequential:
+    """Judge studies look by look until nothing is left that more seeds could decide.
+
+    `level` is that of each look, by default the protocol's. A single look is a study without any.
+    """
+    level = alpha_at_look(ALPHA, looks) if level is None else level
+    rng = np.random.default_rng(seed)
+    claims = equivalents = found = used = 0
+    for _ in range(studies):
+        reference = rng.normal(size=looks[-1])
+        gains = effect + draw(rng, (family, looks[-1]))
+        shown: set[Verdict] = set()
+        for n in looks:
+            own = reference[:n]
+            contrasts = {
+                str(k): paired_contrast((own - gain[:n]).tolist(), own.tolist(), alpha=level)
+                for k, gain in enumerate(gains)
+            }
+            judged = judge(contrasts, alpha=level, margin=margin)
+            shown |= {one.verdict for one in judged}
+            if all(settled(one) for one in judged):
+                break
+        used += n
+        claims += not shown.isdisjoint(CLAIMS)
+        equivalents += Verdict.EQUIVALENT in shown
+        found += sum(one.verdict is Verdict.BETTER for one in judged)
+    return Sequential(
+        Rate(claims / studies, studies),
+        Rate(equivalents / studies, studies),
+        Rate(found / (studies * family), studies),
+        used / studies,
+    )
+
+
+def print_looks(studies: int) -> None:
+    """Print what looks come to, beside studies of a fixed size."""
+    print(f"looks at {LOOKS}: any false claim at any of them")
+    for name, draw in (("normal", normal), ("t3", heavy)):
+        for family in (1, FAMILY):
+            for what, level in (("alpha / 3", None), ("alpha, the mistake", ALPHA)):
+                rate = sequential(draw, studies, family=family, level=level).any_claim
+                print(
+                    f"  {name:8s} {family} contrasts, {what:20s}: {rate.value:.4f} +- {rate.error:.4f}"
+                )
+    rate = sequential(normal, studies, family=1, effect=2.0, margin=1.0).any_equivalent
+    print(
+        f"  equivalent at a true effect of twice the margin, 1 sd: {rate.value:.4f} +- {rate.error:.4f}"
+    )
+    print("power at the look at which the study ended, and its seeds")
+    for effect in (1.0, 1.5, 2.0):
+        for family in (1, FAMILY):
+            for what, looks, level in (
+                ("looks, alpha / 3", LOOKS, None),
+                ("looks, Pocock", LOOKS, POCOCK),
+                ("always 12", LOOKS[-1:], None),
+            ):
+                one = sequential(
+                    normal, studies, effect=effect, family=family, looks=looks, level=level
+                )
+                print(
+                    f"  effect {effect} sd, {family} contrasts, {what:18s}: {one.found.value:.4f} +- "
+                    f"{one.found.error:.4f}, {one.seeds:.2f} seeds"
+                )
+
+
 def main() -> None:
     """Print every rate."""
     parser = argparse.ArgumentParser(description="Count how often the protocol is wrong.")
     parser.add_argument("--studies", type=int, default=STUDIES, help="studies behind every line")
-    studies = parser.parse_args().studies
+    parser.add_argument("--only", choices=["looks"], help="print one part alone")
+    arguments = parser.parse_args()
+    studies = arguments.studies
+    if arguments.only == "looks":
+        print_looks(studies)
+        return
     print(f"any false claim among {FAMILY} null contrasts, alpha {ALPHA}")
     for name, draw in DRAWS.items():
         for n in (6, 8, 12):
@@ -148,6 +246,7 @@ def main() -> None:
         for n in (5, 8, 12):
             rate = coverage(n, draw, studies)
             print(f"  {name:10s} n = {n:2d}: {rate.value:.4f} +- {rate.error:.4f}")
+    print_looks(studies)
 
 
 if __name__ == "__main__":

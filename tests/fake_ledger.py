@@ -291,6 +291,7 @@ def make_lock_file(study: Study, scenarios: Sequence[Scenario], **changes: Any) 
         "generation": study.confirm.generation,
         "study": study_hash(study),
         "replicates": study.confirm.replicates,
+        "looks": study.confirm.looks,
         "seeds": tuple({cell.replicate: cell.run.seed for cell in cells.cells}.values()),
         "finalists": (),
         "arms": [

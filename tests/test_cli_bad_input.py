@@ -108,6 +108,36 @@ CASES: dict[str, tuple[tuple[str, str], str, tuple[str, ...]]] = {
         "",
         ("demo.yaml:18", "confirm.replicates", "got 5", "greater than or equal to 6"),
     ),
+    "one look": (
+        ("replicates: 6", "replicates: 6, looks: [6]"),
+        "",
+        ("demo.yaml:18", "confirm.looks", "got [6]", "at least two", "or [] for no looks"),
+    ),
+    "looks that fall": (
+        ("replicates: 6", "replicates: 9, looks: [9, 6, 9]"),
+        "",
+        ("demo.yaml:18", "confirm.looks", "got [9, 6, 9]", "looks rise"),
+    ),
+    "a look at too few seeds": (
+        ("replicates: 6", "replicates: 8, looks: [4, 8]"),
+        "",
+        ("demo.yaml:18", "confirm.looks", "got [4, 8]", "at 6 seeds or more"),
+    ),
+    "looks that end elsewhere": (
+        ("replicates: 6", "replicates: 8, looks: [6, 9, 12]"),
+        "",
+        (
+            "demo.yaml:18",
+            "confirm.looks",
+            "confirm.replicates is 8",
+            "set confirm.replicates to 12",
+        ),
+    ),
+    "a look that is no number": (
+        ("replicates: 6", "replicates: 8, looks: [six, 8]"),
+        "",
+        ("demo.yaml:18", "confirm.looks.0", "got 'six'", "a whole number"),
+    ),
     "unknown dimension": (
         ("window_centre", "window_center"),
         "",

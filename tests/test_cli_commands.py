@@ -429,6 +429,26 @@ def test_plan_as_json_and_as_text(
     assert list(tmp_path.iterdir()) == [tmp_path / "demo.yaml"]
 
 
+def test_plan_says_the_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fault = "{kind: dead_zone, layers: [10], threshold: 0.2}"
+    Path("demo.yaml").write_text(
+        f"study: demo\nscenario: {{faults: [{fault}]}}\nconfirm: {{replicates: 12}}\n"
+    )
+    assert call(["plan", "demo.yaml"]) == 0
+    assert "looks" not in capsys.readouterr().out
+    assert call(["plan", "demo.yaml", "--set", "confirm.looks=[6, 9, 12]"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for fragment in (
+        "at 6, 9 and 12 seeds, each judged at alpha 0.0167; the confirmation ends at the first that leaves",
+        "the time of its 12 seeds are at most",
+        "at n = 12, the last look,",
+    ):
+        assert fragment in text
+
+
 DEMO = """\
 study: demo
 scenario: {faults: [{kind: dead_zone, layers: [10], threshold: 0.2}]}

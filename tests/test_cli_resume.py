@@ -129,6 +129,8 @@ def test_another_generation_is_no_other_study(begun: Study) -> None:
         study_folder(begun).root, ["confirm.generation=1", "confirm.replicates=9"]
     )
     assert (again.confirm.generation, again.confirm.replicates) == (1, 9)
+    looks = ["confirm.generation=1", "confirm.replicates=9", "confirm.looks=[6, 9]"]
+    assert resume.study_of(study_folder(begun).root, looks).confirm.looks == (6, 9)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,12 @@ import pytest
 from error_rates import (
     ALPHA,
     DRAWS,
+    FAMILY,
     STUDIES,
     coverage,
     familywise,
     power,
+    sequential,
     wrongly_equivalent,
 )
 
@@ -50,3 +52,25 @@ def test_power_is_that_of_the_theory(n: int) -> None:
 @pytest.mark.parametrize("n", [5, 8, 12])
 def test_intervals_cover(n: int) -> None:
     assert coverage(n, DRAWS["normal"], STUDIES).value == pytest.approx(0.95, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("draw", "family"), [("normal", 1), ("normal", FAMILY), ("t3", 1), ("t3", FAMILY)]
+)
+def test_looks_claim_a_difference_where_there_is_none_no_more_often_than_alpha(
+    draw: str, family: int
+) -> None:
+    rate = sequential(DRAWS[draw], STUDIES, family=family).any_claim
+    assert rate.value <= ALPHA + 2 * rate.error
+
+
+@pytest.mark.parametrize("family", [1, FAMILY])
+def test_all_of_alpha_at_every_look_would_claim_too_often(family: int) -> None:
+    """Planted: looks without the correction. Were this not seen, the test above could not fail."""
+    rate = sequential(DRAWS["normal"], STUDIES, family=family, level=ALPHA).any_claim
+    assert rate.value > ALPHA + 10 * rate.error
+
+
+def test_looks_do_not_call_a_true_effect_of_twice_the_margin_equivalent() -> None:
+    rate = sequential(DRAWS["normal"], STUDIES, family=1, effect=2.0, margin=1.0).any_equivalent
+    assert rate.value <= 0.05

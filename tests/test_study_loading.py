@@ -344,7 +344,13 @@ def test_a_model_that_is_not_there_says_how_to_get_it(
 
 def test_what_changes_no_number_changes_no_folder(file: Path) -> None:
     first = load_study(file)
-    for same in ("compute.workers=1", "description=x", "confirm.replicates=7", "output=x"):
+    for same in (
+        "compute.workers=1",
+        "description=x",
+        "confirm.replicates=7",
+        "confirm={replicates: 9, looks: [6, 9]}",
+        "output=x",
+    ):
         assert study_hash(load_study(file, [same])) == study_hash(first)
     for other in (
         "seed=1",
@@ -356,7 +362,15 @@ def test_what_changes_no_number_changes_no_folder(file: Path) -> None:
         assert study_hash(load_study(file, [other])) != study_hash(first)
 
 
-@pytest.mark.parametrize("changes", [[], ["search=null"], ["mechanism.steps=[0, -1]"]])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [],
+        ["search=null"],
+        ["mechanism.steps=[0, -1]"],
+        ["confirm={replicates: 9, looks: [6, 9]}"],
+    ],
+)
 def test_the_resolved_study_reads_back_as_the_same_study(file: Path, changes: list[str]) -> None:
     """Without a search too, though the default contrasts, written out, name finalists."""
     import yaml

@@ -124,6 +124,23 @@ def test_the_family_is_the_one_that_is_declared(tmp_path: Path) -> None:
     assert found.effect_sd == pytest.approx(mde_sd_units(6, 0.05 / 10, 0.8), rel=1e-6)
 
 
+def test_with_looks_the_effect_is_that_of_the_last_one_at_its_share_of_alpha(
+    tmp_path: Path,
+) -> None:
+    study = make_study(tmp_path, confirm={"replicates": 12, "looks": [6, 9, 12]})
+    plan = make_plan(study)
+    found = plan.detectable
+    assert (found.looks, found.replicates, found.alpha) == ((6, 9, 12), 12, 0.05)
+    assert found.look_alpha == pytest.approx(0.05 / 3)
+    assert found.level == pytest.approx(0.05 / 3 / found.family)
+    assert found.effect_sd == pytest.approx(
+        mde_sd_units(12, 0.05 / 3 / found.family, 0.8), rel=1e-6
+    )
+    fixed = make_plan(make_study(tmp_path, confirm={"replicates": 12}))
+    assert plan.confirm == fixed.confirm, "its work is counted to the last look"
+    assert (fixed.detectable.looks, fixed.detectable.look_alpha) == ((), 0.05)
+
+
 def test_arms_and_schedule_are_spelled_out(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, training={"steps": 30, "warmup_steps": 2})
     arms = {arm.arm: (arm.layers, arm.dose) for arm in plan.scenarios[0].arms}

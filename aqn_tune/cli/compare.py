@@ -70,7 +70,7 @@ def _content(one: Comparison) -> dict[str, Any]:
 
 def _show(found: tuple[Comparison, ...]) -> None:
     from aqn_tune.evidence.verdicts import Undetermined
-    from aqn_tune.report.text import NONE, interval, number, p_value, percent, signed
+    from aqn_tune.report.text import NONE, confidence, interval, number, p_value, signed
 
     out = console()
     keys = dict.fromkeys(each for one in found for each in one.differs)
@@ -101,7 +101,7 @@ def _show(found: tuple[Comparison, ...]) -> None:
              p_value(c.sign_flip_p), record, mark)
         )  # fmt: skip
         notes |= dict.fromkeys(f"{name}: {note}." for note in c.notes)
-    level = percent(1 - found[0].arm.results.evidence.declared.alpha, 0)
+    level = confidence(found[0].arm.results.evidence.declared.alpha)
     columns = (
         "scenario", "#n", "#A", "#B", "#B \N{MINUS SIGN} A", f"#{level} interval", "#p",
         *(("#q",) if many else ()), "#flip p", "#w/t/l", "verdict",

@@ -140,9 +140,17 @@ def _closing(plan: Plan) -> Iterator[str]:
         + f") over {len(plan.scenarios)} scenarios, familywise alpha {found.alpha:g}, "
         f"margin {100 * found.margin:g} % of the gain"
     )
+    if found.looks:
+        *before, last = (str(seeds) for seeds in found.looks)
+        yield (
+            f"looks     at {', '.join(before)} and {last} seeds, each judged at alpha "
+            f"{found.look_alpha:.3g}; the confirmation ends at the first that leaves nothing to decide, so "
+            f"the trainings and the time of its {last} seeds are at most"
+        )
+    where = f"n = {found.replicates}" + (", the last look" if found.looks else "")
     yield (
         f"detects   {found.effect_sd:.2f} sd of the paired difference with power {found.power:g} "
-        f"at n = {found.replicates}, in the hardest place of the family (level {found.level:.2g}); "
+        f"at {where}, in the hardest place of the family (level {found.level:.2g}); "
         f"the sign-flip p cannot fall below {found.floor:.2g}"
     )
     estimate = plan.estimate

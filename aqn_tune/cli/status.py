@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from aqn_tune.cli.options import Json, Overrides, Target
 from aqn_tune.cli.output import console, duration, print_json, table
 from aqn_tune.cli.targets import find_target
+from aqn_tune.confirm.lock import read_locks
 from aqn_tune.ledger import Ledger
 from aqn_tune.ledger.rows import lockstep_limits, reused_from
 from aqn_tune.study.folder import StudyFolder, study_hash
@@ -63,6 +64,8 @@ def command(target: Target, overrides: Overrides = None, json: Json = False) -> 
             markup=False,
             soft_wrap=True,
         )
+    if state["look"]:
+        out.print(f"looks   {state['look']['words']}", markup=False, soft_wrap=True)
     done = [name for name, there in state["written"].items() if there]
     out.print(f"written {', '.join(done) or 'nothing yet'}")
 
@@ -79,7 +82,8 @@ def study_status(study: Study, folder: StudyFolder) -> dict[str, Any]:
     or with another seed failed, takes no further step and counts as `stopped`. `reused` counts those
     that came from other studies, by their folder, `repeated` those that were trained again although
     they were recorded; the former are among the trainings, the latter are not. `apart` counts those
-    that did not share every forward pass of their pack, by what kept them apart.
+    that did not share every forward pass of their pack, by what kept them apart. `look` is where a locked
+    confirmation with declared looks stands, None for any other.
     """
     ledger = Ledger(folder.ledger)
     stopped = _stopped_trainings(ledger)
@@ -118,12 +122,25 @@ def study_status(study: Study, folder: StudyFolder) -> dict[str, Any]:
         "repeated": ledger.repeated()._asdict(),
         "apart": lockstep_limits(ledger.trainings.values()),
         "failures": failures,
+        "look": _look(study, folder, ledger),
         "written": {
             "confirm.lock": folder.lock.exists(),
             "report.html": folder.report.exists(),
             "verdict.json": folder.verdict.exists(),
         },
     }
+
+
+def _look(study: Study, folder: StudyFolder, ledger: Ledger) -> dict[str, Any] | None:
+    lock = read_locks(folder.lock).generation(study.confirm.generation)
+    if lock is None or not lock.looks:
+        return None
+    from aqn_tune.confirm.standing import look_of
+
+    look = look_of(study, resolve_scenarios(study), ledger, lock)
+    if look is None:
+        return None
+    return {"number": look.number, "of": look.of, "seeds": look.seeds, "words": look.words}
 
 
 def _stopped_trainings(ledger: Ledger) -> set[str]:

@@ -79,6 +79,13 @@ class ConfirmLock(Spec):
         description="What is compared: mean answer cross-entropy under the scenario's faults.",
     )
     replicates: int = Field(description="Seeds per arm.")
+    # Left out at its default, so that a lock written before it existed keeps its hash.
+    looks: tuple[int, ...] = Field(
+        (),
+        exclude_if=lambda looks: not looks,
+        description="Numbers of seeds at which the results are judged, each at an equal share of alpha; "
+        "empty: once, at the end.",
+    )
     seeds: tuple[int, ...] = Field(description="The seeds, the same in every arm.")
     finalists: tuple[LockedFinalist, ...] = Field(description="Configs taken from the search.")
     arms: tuple[LockedArm, ...] = Field(description="Every arm of every scenario.")
@@ -173,6 +180,7 @@ def make_lock(
         study=study_hash(study),
         metric="faulty test loss",
         replicates=confirm.replicates,
+        looks=confirm.looks,
         seeds=tuple(seeds[replicate] for replicate in sorted(seeds)),
         finalists=tuple(LockedFinalist.model_validate(each._asdict()) for each in finalists),
         arms=tuple(
@@ -263,7 +271,8 @@ def check_code(path: Path, held: ConfirmLock) -> None:
 
 def _pairs(held: ConfirmLock, wanted: ConfirmLock) -> list[tuple[str, Any, Any]]:
     old, new = (lock.model_dump(mode="json", exclude=_ABOUT_THE_WRITING) for lock in (held, wanted))
-    return [(name, old[name], new[name]) for name in old]
+    # What is left out of a dump at its default is in one of the two only.
+    return [(name, old.get(name), new.get(name)) for name in dict.fromkeys([*old, *new])]
 
 
 def _short(value: Any) -> str:

@@ -13,6 +13,7 @@ from aqn_tune.evidence.power import mde_sd_units
 from aqn_tune.evidence.tables import CellResult, Tables
 from aqn_tune.ledger import Ledger
 from aqn_tune.study.cells import ArmCells, Finalist
+from aqn_tune.study.looks import alpha_at_look
 from aqn_tune.study.scenario import Scenario
 from aqn_tune.study.schema import Study
 
@@ -64,21 +65,22 @@ def detectable_effects(
     The sd of a paired difference is pooled (mean variance) over the primary contrasts whose arms both
     ran in the search, a finalist as its config; its twins did not run there. An estimate from few
     pairs on another split: it tells the order of magnitude. A contrast without a number on every
-    search seed, or without any spread, does not enter.
+    search seed, or without any spread, does not enter. Where looks are declared it is the effect at the last
+    of them, at its share of alpha.
 
     Args:
         ledger: of the study, the search complete.
         study: gives n, alpha, power and the contrasts.
         scenarios: of the study.
         finalists: the configs that are confirmed.
-        cells: of the confirm stage; they tell the size m of the family, tested at alpha / m.
+        cells: of the confirm stage; they tell the size m of the family, tested at alpha / m, with L looks
+            at alpha / (L m).
     """
     exist = {(cell.scenario, cell.arm) for cell in cells.cells}
     pairs = study.primary_contrasts()
     family = sum((s.name, a) in exist and (s.name, b) in exist for s in scenarios for a, b in pairs)
-    in_sd = mde_sd_units(
-        study.confirm.replicates, study.confirm.alpha / max(1, family), study.confirm.power
-    )
+    alpha = alpha_at_look(study.confirm.alpha, study.confirm.looks)
+    in_sd = mde_sd_units(study.confirm.replicates, alpha / max(1, family), study.confirm.power)
     tables = Tables(ledger.rows())
     found = []
     for scenario in scenarios:
@@ -128,8 +130,14 @@ def _losses(cells: Sequence[CellResult]) -> list[float] | None:
 
 def detectable_lines(lock: ConfirmLock) -> tuple[str, ...]:
     """Return what a confirmation can see, as lines to show before its first run."""
+    seeds, where = f"{lock.replicates} seeds", ""
+    if lock.looks:
+        looks = ", ".join(str(look) for look in lock.looks)
+        level = alpha_at_look(lock.alpha, lock.looks)
+        seeds = f"at most {seeds}, judged at {looks} (each at alpha {level:.3g})"
+        where = " at the last look"
     lines = [
-        f"confirmation, generation {lock.generation}: {lock.replicates} seeds; effects found with "
+        f"confirmation, generation {lock.generation}: {seeds}; effects found{where} with "
         f"probability {lock.power:g} at a familywise error rate of {lock.alpha:g}:"
     ]
     for one in lock.detectable:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from aqn_tune.confirm.lock import ConfirmLock, hold_lock, make_lock, read_locks
 from aqn_tune.confirm.measured import detectable_effects, detectable_lines, search_gain
-from aqn_tune.confirm.standing import locked_work
+from aqn_tune.confirm.standing import locked_work, look_of
 from aqn_tune.errors import UserError
 from aqn_tune.ledger import Ledger
 from aqn_tune.search.execute import execute
@@ -45,7 +45,9 @@ def run_confirm(
     The rule of a generation: each run is run until it has ended, in a number or in a failure of its
     own. A run that broke off (its worker died) has not ended: it is a gap in the report, and the next
     call tries it again. Verdicts are written only when every run has ended, and after that nothing
-    of the generation is run or changed; raise `confirm.generation` for fresh seeds.
+    of the generation is run or changed; raise `confirm.generation` for fresh seeds. Where looks are
+    declared it is run look by look, up to the first that leaves nothing to decide
+    (`aqn_tune.evidence.looks`); seeds beyond that are never run.
 
     Args:
         study: the resolved study.
@@ -66,35 +68,42 @@ def run_confirm(
     if held is None:
         held = _lock(study, setting, scenarios, folder, finalists, layer_count=layer_count)
     recorder = Recorder(Ledger(folder.ledger), folder.root, listeners)
-    work, cells = locked_work(
-        study,
-        setting,
-        scenarios,
-        folder,
-        held,
-        layer_count=layer_count,
-        finalists=finalists,
-        recorder=recorder,
-    )
-    recorder.cells(cells, generation=held.generation)
-    drop_other_states(folder.state, "confirm", work.queued)
-    if not work.queued:
-        return
-    if announce is not None:
-        for line in detectable_lines(held):
-            announce(line)
-    execute(
-        work,
-        stage="confirm",
-        compute=study.compute,
-        setting=setting,
-        engine=engine,
-        split="test",
-        max_length=study.training.max_length,
-        folder=folder,
-        progress=progress,
-    )
-    announce_broken(work, "confirm", announce)
+    say = announce or (lambda line: None)
+    for attempt, _ in enumerate(held.looks or (held.replicates,)):
+        work, cells = locked_work(
+            study,
+            setting,
+            scenarios,
+            folder,
+            held,
+            layer_count=layer_count,
+            finalists=finalists,
+            recorder=recorder,
+        )
+        recorder.cells(cells, generation=held.generation)
+        drop_other_states(folder.state, "confirm", work.queued)
+        if not work.queued:
+            return
+        if not attempt:
+            for line in detectable_lines(held):
+                say(line)
+        execute(
+            work,
+            stage="confirm",
+            compute=study.compute,
+            setting=setting,
+            engine=engine,
+            split="test",
+            max_length=study.training.max_length,
+            folder=folder,
+            progress=progress,
+        )
+        announce_broken(work, "confirm", announce)
+        look = look_of(study, scenarios, recorder.ledger, held)
+        if look is not None:
+            say(f"confirmation: {look.words}")
+        if work.broken:
+            return
 
 
 def _lock(

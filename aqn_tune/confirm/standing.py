@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from aqn_tune.confirm.lock import ConfirmLock, check_code, check_lock, make_lock, read_locks
 from aqn_tune.errors import UserError
+from aqn_tune.evidence.assemble import assemble
+from aqn_tune.evidence.looks import Look
 from aqn_tune.ledger import Ledger
+from aqn_tune.report.loading import locked_declaration
 from aqn_tune.search.record import Recorder
 from aqn_tune.search.work import FixedPacks
 from aqn_tune.study.cells import Cell, Finalist, stage_cells
@@ -25,7 +29,7 @@ class Standing(NamedTuple):
     lock: ConfirmLock | None
     """The lock of its confirm generation; with one the search is over, whatever became of it."""
     left: bool
-    """Whether something is left to run."""
+    """Whether something is left to run. Seeds beyond the look at which the confirmation stands are not."""
 
 
 def standing(
@@ -64,10 +68,11 @@ def locked_work(
     finalists: Sequence[Finalist] | None = None,
     recorder: Recorder | None = None,
 ) -> tuple[FixedPacks, tuple[Cell, ...]]:
-    """Return what is left of a locked generation, and its cells; writes nothing.
+    """Return what is left of a locked generation, and the cells to be recorded; writes nothing.
 
     The finalists, the gain and the margin are those of the lock: whatever happens to the search
-    afterwards, what is confirmed does not move. `finalists` that are given have to be the same.
+    afterwards, what is confirmed does not move. `finalists` that are given have to be the same. Where looks
+    are declared, the cells go as far as the look that is under way, or at which the confirmation ended.
 
     Raises UserError as `standing` does.
     """
@@ -79,11 +84,12 @@ def locked_work(
     check_lock(folder.lock, held, wanted)
     recorder = recorder or Recorder(Ledger(folder.ledger), folder.root)
     check_recorded(recorder, cells.cells, generation=held.generation)
+    look = look_of(study, scenarios, recorder.ledger, held)
+    seeds = held.replicates if look is None else look.seeds_to_run
+    asked = tuple(cell for cell in cells.cells if cell.replicate < seeds)
     # Nothing of a generation is run once its verdicts are written, not for a comparison either.
     reuse = study.compute.reuse or verdict_written(folder, held)
-    packs = confirm_packs(
-        study, scenarios, cells.cells, folder, layer_count=layer_count, reuse=reuse
-    )
+    packs = confirm_packs(study, scenarios, asked, folder, layer_count=layer_count, reuse=reuse)
     work = FixedPacks(packs, setting=setting, recorder=recorder, state=folder.state)
     if work.queued:
         if verdict_written(folder, held):
@@ -94,7 +100,16 @@ def locked_work(
                 "written; put the ledger back, or raise confirm.generation"
             )
         check_code(folder.lock, held)
-    return work, cells.cells
+    return work, asked
+
+
+def look_of(
+    study: Study, scenarios: Sequence[Scenario], ledger: Ledger, held: ConfirmLock
+) -> Look | None:
+    """Return the look at which a locked generation stands; None where it has no looks."""
+    if not held.looks:
+        return None
+    return assemble(ledger.rows(), locked_declaration(study, scenarios, held)).look
 
 
 def verdict_written(folder: StudyFolder, held: ConfirmLock) -> bool:
@@ -140,20 +155,35 @@ def confirm_packs(
 ) -> tuple[Pack, ...]:
     """Return the packs of the confirmation, the untrained base first.
 
-    With `reuse` cells that train alike share a run; without it each cell trains its own.
+    With `reuse` cells that train alike share a run; without it each cell trains its own. The seeds that a
+    look adds are packed by themselves: those before them keep their packs.
     """
     clean = next(cell.run for cell in cells if cell.arm == "clean")
-    packs = make_packs(
-        _exporting(study, cells, folder, jobs_of(cells, reuse=reuse)),
-        stage="confirm",
-        prefix=f"g{study.confirm.generation}-" + ("" if reuse else "own-"),
-        size=pack_size(study),
-        rungs=(study.training.steps,),
-        split="test",
-        generate=study.confirm.generate,
-    )
-    base = base_pack(clean, scenarios, layer_count=layer_count, stage="confirm", split="test")
-    return (base, *packs)
+    packs = [base_pack(clean, scenarios, layer_count=layer_count, stage="confirm", split="test")]
+    confirm = study.confirm
+    for number, block in enumerate(_blocks(cells, confirm.looks), start=1):
+        look = f"look{number}-" if confirm.looks else ""
+        packs += make_packs(
+            _exporting(study, block, folder, jobs_of(block, reuse=reuse)),
+            stage="confirm",
+            prefix=f"g{confirm.generation}-{look}" + ("" if reuse else "own-"),
+            size=pack_size(study),
+            rungs=(study.training.steps,),
+            split="test",
+            generate=confirm.generate,
+        )
+    return tuple(packs)
+
+
+def _blocks(cells: Sequence[Cell], looks: Sequence[int]) -> Iterator[Sequence[Cell]]:
+    """Yield the cells that each look adds to those before it; all of them at once without looks."""
+    if not looks:
+        yield cells
+        return
+    for first, end in pairwise((0, *looks)):
+        block = [cell for cell in cells if first <= cell.replicate < end]
+        if block:
+            yield block
 
 
 def _exporting(

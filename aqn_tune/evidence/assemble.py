@@ -20,6 +20,7 @@ from aqn_tune.evidence.arms import (
 from aqn_tune.evidence.contrasts import PairedContrast, paired_contrast
 from aqn_tune.evidence.decisions import Decision, contrast_name, decide
 from aqn_tune.evidence.declared import Declared
+from aqn_tune.evidence.looks import Look, look_reached
 from aqn_tune.evidence.power import mde_sd_units
 from aqn_tune.evidence.regimes import RegimeReport, regime_of
 from aqn_tune.evidence.tables import CellResult, Cost, Tables
@@ -48,23 +49,34 @@ class Evidence:
     """The evidence of a study. Intervals hold over training seeds, given this test set."""
 
     declared: Declared
+    """What it was judged by; where looks are declared, the seeds and the alpha of `look`."""
     base_clean_loss: float | None
     """Clean loss of the untrained base on the test split."""
     scenarios: tuple[ScenarioEvidence, ...]
     mde_in_sd: float
     """Minimum detectable effect at n and alpha / m, in sd of the paired difference."""
     costs: tuple[Cost, ...]
+    look: Look | None = None
+    """The look whose results these are; `None` where no looks are declared."""
 
 
 def assemble(rows: Iterable[LedgerRow], declared: Declared) -> Evidence:
     """Return the evidence that a ledger holds on what was declared.
 
-    May be called at any time: what has not been run yet is inconclusive, with its reason.
+    May be called at any time: what has not been run yet is inconclusive, with its reason. Where looks are
+    declared it is the evidence of the last one whose runs have all ended, and holds nothing of the seeds
+    beyond it.
 
     Raises:
         ValueError: the ledger breaks the pairing of seeds (see `Tables`).
     """
     tables = Tables(rows)
+    if declared.looks:
+        return look_reached(declared, lambda at: _assemble(tables, at))
+    return _assemble(tables, declared)
+
+
+def _assemble(tables: Tables, declared: Declared) -> Evidence:
     cells = {
         (scenario, arm): tables.cells(
             "confirm",

@@ -29,6 +29,11 @@ class Declared(Spec):
     )
     scenarios: tuple[str, ...] = Field(description="Every scenario, in the order of the report.")
     replicates: int = Field(ge=2, description="Confirm seeds n.")
+    looks: tuple[int, ...] = Field(
+        (),
+        description="Numbers of seeds at which it is judged, each at an equal share of alpha, the last "
+        "`replicates`; empty: once, at the end.",
+    )
     generation: int = Field(ge=0, description="Generation of the confirm seeds.")
     alpha: float = Field(gt=0, lt=0.5, description="Familywise error rate of the whole study.")
     margin: float | None = Field(
@@ -78,6 +83,7 @@ def declare(
         family=family,
         scenarios=tuple(scenario.name for scenario in scenarios),
         replicates=study.confirm.replicates,
+        looks=study.confirm.looks,
         generation=study.confirm.generation,
         alpha=study.confirm.alpha,
         margin=margin,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from aqn_tune.ledger.broken import BROKE_OFF
 from aqn_tune.ledger.rows import (
     CellRow,
     EvaluationRow,
@@ -44,6 +45,11 @@ class CellResult(NamedTuple):
     """Whether the run failed, as against not being there yet."""
     problem: str
     """Why `loss` is missing; empty when it is not."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether its run has come to an end: in a number, or in a failure of its own."""
+        return self.loss is not None or (self.failed and not self.problem.startswith(BROKE_OFF))
 
 
 class Cost(NamedTuple):

@@ -351,6 +351,9 @@ def _cells(side: Side, replicate: int | None) -> list[CellResult]:
     generation = _generation(side.results, side.stage)
     place = (side.stage, side.scenario.name, side.arm)
     count = side.results.tables.replicates(*place, generation=generation)
+    look = side.results.evidence.look
+    if look is not None and side.stage == "confirm":
+        count = min(count, look.seeds)  # nothing of a look that is under way
     cells = side.results.tables.cells(*place, replicates=count, generation=generation)
     if replicate is not None and replicate >= count:
         raise UserError(f"{side.name}: got replicate {replicate}; allowed are 0 to {count - 1}")

@@ -8,7 +8,7 @@ from aqn_tune.evidence.verdicts import Undetermined
 from aqn_tune.report.results import Results
 from aqn_tune.report.scenario_tables import DURING, NATS, sweep_label
 from aqn_tune.report.table import Cell, Column, Table
-from aqn_tune.report.text import NONE, count, interval, p_value, percent, signed
+from aqn_tune.report.text import NONE, confidence, count, interval, p_value, signed
 from aqn_tune.study.cells import named_arms
 from aqn_tune.study.scenario import During
 from aqn_tune.study.space import arm_of
@@ -66,7 +66,7 @@ def exploratory_table(
         Column("scenario", align="left"),
         Column("arm vs reference", align="left"),
         Column("difference", NATS),
-        Column(f"{percent(1 - results.evidence.declared.alpha, 0)} interval"),
+        Column(f"{confidence(results.evidence.declared.alpha)} interval"),
         Column("p"),
         Column("q"),
     )

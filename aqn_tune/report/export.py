@@ -29,7 +29,7 @@ def export_tables(folder: StudyFolder, target: Path) -> tuple[Exported, ...]:
 
     runs.csv       what `runs.parquet` holds (see `aqn_tune.report.parquet.COLUMNS`)
     arms.csv       one line per scenario and arm: losses and exact match, recovery
-    contrasts.csv  one line per declared contrast, none before the confirmation is complete
+    contrasts.csv  one line per declared contrast, none before there are verdicts
     configs.csv    one line per config of the search: parameters, last rung and value
 
     Works at any time; files that are there are replaced one by one. Numbers that do not exist are empty,

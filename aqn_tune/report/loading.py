@@ -99,12 +99,18 @@ def _locked(
         update={
             "family": family,
             "replicates": lock.replicates,
+            "looks": lock.looks,
             "generation": lock.generation,
             "alpha": lock.alpha,
             "power": lock.power,
             "margin_share": lock.margin_fraction,
         }
     )
+
+
+def locked_declaration(study: Study, scenarios: Sequence[Scenario], lock: ConfirmLock) -> Declared:
+    """Return what a lock declares, in the terms of evidence."""
+    return _locked(study, scenarios, missing_by_lock(study, scenarios, lock), lock)
 
 
 def _check_study(folder: StudyFolder, study: Study, locks: LockFile) -> None:
@@ -182,11 +188,15 @@ def _gaps(
         for arm in scenario.arms:
             total += len(arm.seeds)
             waiting += sum(cell.loss is None and not cell.failed for cell in arm.seeds)
+    look = evidence.look
     if waiting:
+        where = f" of look {look.number} of {look.of}" if look else ""
         gaps.append(
-            f"The confirmation has no number yet for {waiting:,} of {count(total, 'cell')} "
+            f"The confirmation has no number yet for {waiting:,} of {count(total, 'cell')}{where} "
             "(arm, scenario and seed)."
         )
+    if look is not None and look.goes_on:
+        gaps.append(f"The confirmation goes on: {look.words}.")
     keys = {key for arm in lock.arms for key in arm.training_keys}
     own = [row for row in own_trainings if row.error and row.training_key in keys]
     if own and not study.compute.reuse:

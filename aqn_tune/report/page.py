@@ -28,11 +28,14 @@ from aqn_tune.report.table import Mark, Table, escape
 from aqn_tune.report.text import count, percent
 from aqn_tune.report.verdict_tables import (
     GIVEN_THE_TEST_SET,
+    alpha_text,
     contrast_label,
     contrasts_table,
     detectable_text,
     legend_table,
+    look_text,
     luck_table,
+    seeds_text,
     verdict_mark,
 )
 from aqn_tune.study.folder import study_hash
@@ -84,8 +87,8 @@ def tally(results: Results) -> str:
 
 
 def answers(results: Results, during: During) -> tuple[Answer, ...]:
-    """Return one answer per scenario; nothing before the confirmation is complete."""
-    if not results.makes_claims:
+    """Return one answer per scenario; nothing before there are verdicts."""
+    if not results.shows_verdicts:
         return ()
     return tuple(
         Answer(
@@ -103,7 +106,7 @@ def answers(results: Results, during: During) -> tuple[Answer, ...]:
 
 
 def _part(results: Results, during: During, found: tuple[Exploratory, ...]) -> Part:
-    claims = results.makes_claims
+    claims = results.shows_verdicts
     pairs = results.evidence_of(during)
     curves = tuple(curve_svg(results, during, quantity) for quantity in (LOSS, EXACT_MATCH))
     return Part(
@@ -143,12 +146,13 @@ def context(results: Results) -> dict[str, Any]:
         "hash": study_hash(study),
         "lock_hash": results.lock_hash,
         "gaps": results.gaps,
-        "claims": results.makes_claims,
+        "claims": results.shows_verdicts,
         "confirmed": confirmed,
-        "tally": tally(results) if results.makes_claims else "",
+        "tally": tally(results) if results.shows_verdicts else "",
         "margin": percent(declared.margin_share, 1),
-        "alpha": f"{declared.alpha:g}",
-        "seeds": count(declared.replicates, "fresh seed"),
+        "alpha": alpha_text(results),
+        "seeds": seeds_text(results),
+        "look": look_text(results),
         "generation": declared.generation,
         "detectable": detectable_text(results),
         "given_the_test_set": GIVEN_THE_TEST_SET,

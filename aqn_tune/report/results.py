@@ -76,8 +76,14 @@ class Results:
 
     @property
     def makes_claims(self) -> bool:
-        """Whether every declared run has ended; before that no verdict is given."""
+        """Whether every run that the declared claims take has ended, so that the verdicts are final."""
         return not self.gaps
+
+    @property
+    def shows_verdicts(self) -> bool:
+        """Whether verdicts are given: the final ones, or those of a declared look with more to come."""
+        look = self.evidence.look
+        return self.makes_claims or (look is not None and look.goes_on)
 
     @cached_property
     def cells(self) -> tuple[CellRow, ...]:

@@ -11,6 +11,7 @@ from aqn_tune.report.table import Cell, Column, Mark, Table
 from aqn_tune.report.text import (
     NONE,
     Spread,
+    confidence,
     interval,
     number,
     percent,
@@ -145,7 +146,7 @@ def recovery_table(results: Results, during: During) -> Table:
     rows = tuple(
         (name, *(_recovery(arm_of(evidence, name)) for _, evidence in pairs)) for name in names
     )
-    level = percent(1 - results.evidence.declared.alpha, 0)
+    level = confidence(results.evidence.declared.alpha)
     note = (
         "Recovery = (fault_only - arm) / (fault_only - clean), a ratio of mean losses: "
         f"0 % no help, 100 % as good as no fault; [{level} bootstrap interval]. n/a in a harmless "

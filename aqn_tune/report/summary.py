@@ -38,11 +38,14 @@ def summary_of(results: Results, *, markup: bool = False) -> str:
     """Return the summary of results that are already loaded; see `summary_text`."""
     paint = _Painter(markup)
     lines = [paint.bold(results.study.study)]
-    if not results.makes_claims:
-        lines.append("No claims yet:")
+    if results.gaps:
+        lines.append("Not complete yet:" if results.shows_verdicts else "No claims yet:")
         lines += [f"  - {paint.plain(gap)}" for gap in results.gaps]
-    else:
+    if results.shows_verdicts:
         lines.append(paint.plain(tally(results) + "."))
+        look = results.evidence.look
+        if look is not None and look.over:
+            lines.append(paint.plain(f"Confirmation: {look.words}."))
     for during in results.during_values:
         found = answers(results, during)
         if found:

@@ -114,12 +114,18 @@ class TensorBoardWriter:
     Opening it writes the logs anew from the ledger, so that a study which continues has each point
     once. A non-finite loss is left out, and a mean is written once every replicate has its value:
     those that the study declares for its search and its own confirm generation, and those that the
-    ledger has cells of for generations before it.
+    ledger has cells of for generations before it. Where the study declares looks, those of the last look
+    that was begun; as another one begins, the logs are written anew.
     """
 
     def __init__(self, folder: StudyFolder, study: Study) -> None:
+        self._folder, self._study = folder, study
+        self._begin()
+
+    def _begin(self) -> None:
         from aqn_tune.study.sweep import resolve_scenarios
 
+        folder, study = self._folder, self._study
         scenarios = resolve_scenarios(study)
         self._root = folder.tensorboard
         self._values = {scenario.name: scenario.values for scenario in scenarios}
@@ -143,11 +149,26 @@ class TensorBoardWriter:
         self._add(folder_of("confirm"), 0, layout_summary(confirm, scenarios))
         if study.search is not None:
             self._add(folder_of("search"), 0, layout_summary("search", scenarios))
-        self.write(rows)
+        self._write(rows)
         self._remove_strangers()
 
     def write(self, rows: Sequence[RecordedRow]) -> None:
-        """Add the rows to the curves; on disk when it returns."""
+        """Add the rows, which the ledger holds already, to the curves; on disk when it returns."""
+        if any(self._begins_a_look(row) for row in rows):
+            self._begin()
+        else:
+            self._write(rows)
+
+    def _begins_a_look(self, row: RecordedRow) -> bool:
+        if not isinstance(row, CellRow) or row.stage != "confirm":
+            return False
+        confirm = self._study.confirm
+        known = self._replicates.get((row.stage, row.generation), 0)
+        return (
+            bool(confirm.looks) and row.generation == confirm.generation and row.replicate >= known
+        )
+
+    def _write(self, rows: Sequence[RecordedRow]) -> None:
         for row in rows:
             if isinstance(row, CellRow):
                 self._cell(row)
@@ -321,7 +342,10 @@ def _replicates(study: Study, rows: Sequence[RecordedRow]) -> dict[tuple[Stage, 
             key = (row.stage, row.generation)
             found[key] = max(found.get(key, 0), row.replicate + 1)
     # Cells of a stage that is only just beginning may still be coming.
-    found["confirm", study.confirm.generation] = study.confirm.replicates
+    confirm = study.confirm
+    own: tuple[Stage, int] = ("confirm", confirm.generation)
+    begun = found.get(own, 0)
+    found[own] = next((look for look in confirm.looks if look >= begun), confirm.replicates)
     found["search", 0] = study.search.replicates if study.search else 0
     return found
 

@@ -64,6 +64,13 @@ def percent(share: float | None, digits: int = 1) -> str:
     return _sign(f"{100 * share:.{digits}f}") + f"{THIN}%"
 
 
+def confidence(alpha: float) -> str:
+    """Return the level 1 - alpha of an interval with as many decimals as it has, at most two: `98.33 %`."""
+    level = 100 * (1 - alpha)
+    digits = next((d for d in (0, 1) if math.isclose(round(level, d), level, rel_tol=1e-12)), 2)
+    return percent(1 - alpha, digits)
+
+
 def with_sd(value: Spread, digits: int = 4) -> str:
     """Return `mean ± sd`, the mean alone for one seed, `n/a` without a mean."""
     if value.mean is None:

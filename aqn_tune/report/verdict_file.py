@@ -7,6 +7,7 @@ from typing import Any
 
 from aqn_tune.evidence.arms import ArmEvidence
 from aqn_tune.evidence.assemble import ScenarioEvidence
+from aqn_tune.evidence.looks import Look
 from aqn_tune.evidence.verdicts import Judged
 from aqn_tune.report.results import Results
 from aqn_tune.study.folder import study_hash
@@ -19,10 +20,12 @@ def verdict_content(results: Results, *, times: dict[str, Any] | None = None) ->
     """Return the content of `verdict.json`.
 
     Everything but `times` follows from the study, the lock and the ledger. Before the confirmation
-    is complete `complete` is false, `missing` says why, and there are no contrasts and decisions.
-    Numbers that do not exist are null; losses are in nats per answer token, shares in 0..1.
+    is complete `complete` is false, `missing` says why, and there are no contrasts and decisions but those of
+    a declared look that left some of them open. Where looks are declared, `n` and every level but `alpha`
+    are those of the look. Numbers that do not exist are null; losses are in nats per answer token, shares in
+    0..1.
     """
-    evidence, declared = results.evidence, results.evidence.declared
+    evidence, declared, look = results.evidence, results.evidence.declared, results.evidence.look
     return {
         "format": VERDICT_FORMAT,
         "study": results.study.study,
@@ -35,7 +38,8 @@ def verdict_content(results: Results, *, times: dict[str, Any] | None = None) ->
         "n": declared.replicates,
         "generation": declared.generation,
         "seeds": _seeds(results),
-        "alpha": declared.alpha,
+        "alpha": declared.alpha if look is None else look.whole_alpha,
+        "look": None if look is None else _look(look),
         "family_size": len(declared.family),
         "margin": declared.margin,
         "margin_share": declared.margin_share,
@@ -54,19 +58,35 @@ def verdict_json(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
 
 
+def _look(look: Look) -> dict[str, Any]:
+    return {
+        "number": look.number,
+        "planned": list(look.planned),
+        "n": look.seeds,
+        "alpha": look.alpha,
+        "complete": look.complete,
+        "over": look.over,
+        "stopped_early": look.early,
+    }
+
+
 def _seeds(results: Results) -> list[int]:
     generation = results.evidence.declared.generation
+    look = results.evidence.look
     found = {
         cell.replicate: cell.seed
         for cell in results.cells
-        if cell.stage == "confirm" and cell.generation == generation
+        if cell.stage == "confirm"
+        and cell.generation == generation
+        # Those of a look that is under way belong to none of the numbers here.
+        and (look is None or cell.replicate < look.seeds)
     }
     return [found[replicate] for replicate in sorted(found)]
 
 
 def _scenario(results: Results, evidence: ScenarioEvidence) -> dict[str, Any]:
     scenario = results.scenario(evidence.scenario)
-    claims = results.makes_claims
+    claims = results.shows_verdicts
     return {
         "during": scenario.spec.during,
         "values": scenario.values,

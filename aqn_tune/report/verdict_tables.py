@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from statistics import median
 
+from aqn_tune.evidence.looks import settled
 from aqn_tune.evidence.verdicts import Judged, Verdict
 from aqn_tune.report.results import Results
 from aqn_tune.report.scenario_tables import DURING, NATS, sweep_label
 from aqn_tune.report.table import Cell, Column, Mark, Table
-from aqn_tune.report.text import NONE, count, interval, number, p_value, percent, plain, signed
+from aqn_tune.report.text import (
+    NONE,
+    confidence,
+    count,
+    interval,
+    number,
+    p_value,
+    percent,
+    plain,
+    signed,
+)
 from aqn_tune.study.scenario import During
 
 GIVEN_THE_TEST_SET = "Intervals hold over training seeds given this test set."
@@ -51,7 +62,7 @@ def contrasts_table(results: Results, during: During) -> Table:
         Column("arm vs reference", align="left"),
         Column("verdict", align="left"),
         Column("improvement", NATS),
-        Column(f"{percent(1 - declared.alpha, 0)} interval"),
+        Column(f"{confidence(declared.alpha)} interval"),
         Column(f"{percent(1 - 2 * declared.alpha / family, 2)} interval"),
         Column("margin", NATS),
         Column("p"),
@@ -60,13 +71,16 @@ def contrasts_table(results: Results, during: During) -> Table:
         Column("pairing gain"),
         Column("wins / ties / losses"),
     )
+    look = results.evidence.look
+    goes_on = look is not None and look.goes_on
     rows: list[tuple[Cell, ...]] = []
     notes: list[str] = []
     for scenario, evidence in results.evidence_of(during):
         for judged in evidence.contrasts:
             head = (sweep_label(scenario), contrast_label(judged))
             rows.append((*head, *_contrast_cells(judged)))
-            notes += _notes(f"{sweep_label(scenario)}, {contrast_label(judged)}", judged)
+            label = f"{sweep_label(scenario)}, {contrast_label(judged)}"
+            notes += _notes(label, judged, goes_on=goes_on)
     explained = (
         "Improvement = loss of the reference - loss of the arm: positive means that the arm is "
         "better. The second interval is the one that the margin is held to "
@@ -99,11 +113,41 @@ def _contrast_cells(judged: Judged) -> tuple[Cell, ...]:
     )
 
 
-def _notes(label: str, judged: Judged) -> list[str]:
+def _notes(label: str, judged: Judged, *, goes_on: bool) -> list[str]:
     notes = list(judged.contrast.notes) if judged.contrast else []
     if judged.verdict is Verdict.INCONCLUSIVE:
-        notes.insert(0, f"{judged.verdict.value} {judged.words}")
+        # How large a new generation has to be is no question while this one goes on.
+        words = "inconclusive so far" if goes_on and not settled(judged) else judged.words
+        notes.insert(0, f"{judged.verdict.value} {words}")
     return [f"{label}: {note}." for note in dict.fromkeys(notes)]
+
+
+def seeds_text(results: Results) -> str:
+    """Return the seeds that were judged: `8 fresh seeds`, `6 fresh seeds, look 1 of 3`."""
+    look = results.evidence.look
+    text = count(results.evidence.declared.replicates, "fresh seed")
+    return text if look is None else f"{text}, look {look.number} of {look.of}"
+
+
+def alpha_text(results: Results) -> str:
+    """Return alpha of the whole study, and what of it each declared look has."""
+    look = results.evidence.look
+    if look is None:
+        return f"{results.evidence.declared.alpha:g}"
+    return f"{look.whole_alpha:g} ({look.alpha:.3g} at each of {look.of} looks)"
+
+
+def look_text(results: Results) -> str:
+    """Return at which of the declared looks the confirmation stands, empty where none are declared."""
+    look = results.evidence.look
+    if look is None:
+        return ""
+    looks = ", ".join(str(seeds) for seeds in look.planned)
+    words = look.words
+    return (
+        f"{words[0].upper()}{words[1:]}. Looks were declared at {looks} seeds, each judged at an equal share "
+        f"of alpha {look.whole_alpha:g}; the confirmation ends at the first that leaves nothing to decide."
+    )
 
 
 def detectable_text(results: Results) -> str:
@@ -123,7 +167,7 @@ def detectable_text(results: Results) -> str:
         for one in scenario.contrasts
         if one.contrast is not None and one.contrast.sd
     ]
-    if not spreads or not results.makes_claims:
+    if not spreads or not results.shows_verdicts:
         return text
     sd = median(spreads)
     return (

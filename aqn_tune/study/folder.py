@@ -12,13 +12,13 @@ NOT_IDENTITY: dict[str, bool | set[str]] = {
     "compute": True,
     "output": True,
     "description": True,
-    "confirm": {"generation", "replicates"},
+    "confirm": {"generation", "replicates", "looks"},
 }
 """Keys of a study that change no recorded number but for its rounding, so that changing them continues the
 same folder; but see `study_hash`.
 
-A new generation of confirm seeds, of another size, is such a change: it adds to the search and the
-generations before it, which the lock keeps apart.
+A new generation of confirm seeds, of another size or with other looks, is such a change: it adds to the
+search and the generations before it, which the lock keeps apart.
 """
 
 

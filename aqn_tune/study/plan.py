@@ -20,6 +20,7 @@ from aqn_tune.study.detectable import detectable_effect
 from aqn_tune.study.effort import StagePlan, Work, confirm_plan, search_plan
 from aqn_tune.study.folder import study_folder, study_hash
 from aqn_tune.study.loading import layer_count, make_setting, resolve_scenarios
+from aqn_tune.study.looks import alpha_at_look
 from aqn_tune.study.packing import pack_size
 from aqn_tune.study.runs import Run, Setting
 from aqn_tune.study.scenario import Scenario
@@ -85,12 +86,16 @@ class Detectable:
     family: int
     """Primary contrasts of the whole study, without those that cannot exist."""
     replicates: int
+    looks: tuple[int, ...]
+    """Numbers of seeds at which it is judged; empty: once, at the end."""
     alpha: float
+    look_alpha: float
+    """Alpha of each look; all of it without looks."""
     level: float
-    """Level of the hardest contrast: alpha over the family."""
+    """Level of the hardest contrast: alpha of a look over the family."""
     power: float
     effect_sd: float
-    """Minimum detectable effect, in standard deviations of the paired difference."""
+    """Minimum detectable effect at the last seed, in standard deviations of the paired difference."""
     floor: float
     """Smallest p of the exact sign-flip test at this number of seeds."""
     margin: float
@@ -247,12 +252,15 @@ def _detectable(
         for arm, reference in contrasts
     )
     confirm = study.confirm
-    level = confirm.alpha / max(family, 1)
+    look_alpha = alpha_at_look(confirm.alpha, confirm.looks)
+    level = look_alpha / max(family, 1)
     return Detectable(
         contrasts=contrasts,
         family=family,
         replicates=confirm.replicates,
+        looks=confirm.looks,
         alpha=confirm.alpha,
+        look_alpha=look_alpha,
         level=level,
         power=confirm.power,
         effect_sd=detectable_effect(confirm.replicates, level, confirm.power),

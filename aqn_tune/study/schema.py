@@ -10,6 +10,7 @@ from aqn_tune.errors import nearest
 from aqn_tune.models.spec import ModelSpec
 from aqn_tune.study.arms import CONTROL_NAMES, ArmSpec, ControlsSpec
 from aqn_tune.study.base import Spec
+from aqn_tune.study.looks import Looks
 from aqn_tune.study.scenario import ScenarioSpec
 from aqn_tune.study.space import SpaceSpec
 from aqn_tune.study.training import TrainingSpec
@@ -55,6 +56,14 @@ class ConfirmSpec(Spec):
     finalists: int = Field(2, ge=0, description="Best configs of each scenario that are confirmed.")
     replicates: int = Field(
         8, ge=6, description="Fresh seeds; below 6 the exact paired test cannot reach p = 0.05."
+    )
+    # Left out of dumps at its default, so that studies written before it existed keep their identity.
+    looks: Looks = Field(
+        (),
+        exclude_if=lambda looks: not looks,
+        description="Numbers of seeds at which the results are judged, the last of them `replicates`; it "
+        "stops at the first that leaves nothing to decide. Each look is judged at an equal share of alpha; "
+        "[]: one look, at the end.",
     )
     alpha: float = Field(
         0.05, gt=0, lt=0.5, description="Familywise error rate of the whole study."
