@@ -188,7 +188,11 @@ def print_looks(studies: int) -> None:
     print(f"looks at {LOOKS}: any false claim at any of them")
     for name, draw in (("normal", normal), ("t3", heavy)):
         for family in (1, FAMILY):
-            for what, level in (("alpha / 3", None), ("alpha, the mistake", ALPHA)):
+            for what, level in (
+                ("alpha / 3", None),
+                ("Pocock", POCOCK),
+                ("alpha, the mistake", ALPHA),
+            ):
                 rate = sequential(draw, studies, family=family, level=level).any_claim
                 print(
                     f"  {name:8s} {family} contrasts, {what:20s}: {rate.value:.4f} +- {rate.error:.4f}"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from error_rates import (
     ALPHA,
     DRAWS,
     FAMILY,
+    LOOKS,
     STUDIES,
     coverage,
     familywise,
@@ -18,6 +21,8 @@ from error_rates import (
 from aqn_tune.evidence.power import detection_power
 
 pytestmark = pytest.mark.slow
+
+DOCS = Path(__file__).parents[1] / "docs" / "evidence.md"
 
 
 @pytest.mark.parametrize(
@@ -74,3 +79,24 @@ def test_all_of_alpha_at_every_look_would_claim_too_often(family: int) -> None:
 def test_looks_do_not_call_a_true_effect_of_twice_the_margin_equivalent() -> None:
     rate = sequential(DRAWS["normal"], STUDIES, family=1, effect=2.0, margin=1.0).any_equivalent
     assert rate.value <= 0.05
+
+
+@pytest.mark.parametrize(
+    ("effect", "family", "looks", "stated"),
+    [
+        (1.0, 1, LOOKS, "0.76; 9.5"),
+        (1.0, FAMILY, LOOKS, "0.56; 11.9"),
+        (1.0, 1, LOOKS[-1:], "0.88; 12.0"),
+        (1.0, FAMILY, LOOKS[-1:], "0.80; 12.0"),
+        (2.0, 1, LOOKS, "1.00; 6.5"),
+        (2.0, FAMILY, LOOKS, "1.00; 8.1"),
+    ],
+)
+def test_looks_save_and_cost_what_the_documentation_says(
+    effect: float, family: int, looks: tuple[int, ...], stated: str
+) -> None:
+    found = sequential(DRAWS["normal"], STUDIES, effect=effect, family=family, looks=looks)
+    power_said, seeds_said = map(float, stated.split("; "))
+    assert found.found.value == pytest.approx(power_said, abs=0.02)
+    assert found.seeds == pytest.approx(seeds_said, abs=0.1)
+    assert f"| {stated} |" in DOCS.read_text(encoding="utf-8")
