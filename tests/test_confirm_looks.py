@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic import LAYERS, Behaviour, make_setting, make_study
+from synthetic import LAYERS, Behaviour, make_setting, make_study, ray_two
 from synthetic import engine as synthetic_engine
 
 from aqn_tune.cli.run import write_study
@@ -37,6 +37,8 @@ from aqn_tune.study.keys import content_hash
 from aqn_tune.study.runs import Setting
 from aqn_tune.study.schema import Study
 from aqn_tune.study.sweep import resolve_scenarios
+
+__all__ = ["ray_two"]
 
 LOOKS = (6, 8, 10)
 ARMS = 3
@@ -404,3 +406,17 @@ def test_the_live_logs_are_those_of_the_ledger(tmp_path: Path) -> None:
     ((step, mean),) = live["confirm/both/targeted/mean"]["loss/faulty"]
     assert (step, mean) == (20, pytest.approx(sum(ends) / 8, rel=1e-6))
     assert live["confirm/both/targeted"]["final/loss_faulty"] == [(step, mean)]
+
+
+@pytest.mark.slow
+def test_with_ray_it_comes_to_the_same(tmp_path: Path, ray_two: None) -> None:
+    """One Ray after another look, in one session, with two workers."""
+    inline, study = looked(tmp_path / "inline"), looked(tmp_path / "ray")
+    confirm(inline, NOISY)
+    run_confirm(
+        study, make_setting(study), resolve_scenarios(study), study_folder(study),
+        layer_count=LAYERS, engine=synthetic_engine(Behaviour(noise_sd=NOISY)),
+    )  # fmt: skip
+    assert look_of(study_folder(study)).number == STOPS_AT[NOISY]
+    found, expected = (verdict_content(load_results(study_folder(one))) for one in (study, inline))
+    assert found == expected
