@@ -216,6 +216,7 @@ def test_cut_anywhere_it_comes_to_the_same(tmp_path: Path, noise: float) -> None
             (scenario,) = content["scenarios"].values()
             assert bool(scenario["contrasts"]) is look.goes_on
             assert {len(arm["losses"]) for arm in scenario["arms"].values()} == {look.seeds}
+            assert len(content["seeds"]) == content["n"] == look.seeds
             interim += look.goes_on
             confirm(study, noise)
         assert verdict_content(load_results(folder)) == expected
@@ -253,7 +254,9 @@ def test_between_looks_the_report_shows_the_look_before(tmp_path: Path) -> None:
 def test_a_broken_run_of_a_look_holds_up_the_next_one(tmp_path: Path) -> None:
     study = looked(tmp_path)
     folder = study_folder(study)
-    confirm(study, NOISY, breaking("g0-look1-001"))
+    said: list[str] = []
+    confirm(study, NOISY, breaking("g0-look1-001"), said)
+    assert sum("broke off" in line for line in said) == 1, "it waits for the next call"
     assert seeds_run(Ledger(folder.ledger)) == set(range(6))
     look = look_of(folder)
     assert (look.number, look.complete) == (1, False)
