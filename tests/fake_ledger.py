@@ -253,7 +253,7 @@ def confirm_rows(
     `fail` names (scenario, arm, replicate) whose training fails; `first` trains only that many
     replicates, as an interrupted study has.
     """
-    cells = _confirm_cells(study, scenarios).cells
+    cells = confirm_cells(study, scenarios).cells
     failed = {c.training_key for c in cells if (c.scenario, c.arm, c.replicate) in fail}
     yield from _cells(cells, study.confirm.generation)
     yield from _base(cells, scenarios)
@@ -265,7 +265,7 @@ def confirm_rows(
         yield from _trainings(done, after=0, step=STEPS, failed=failed)
 
 
-def _confirm_cells(study: Study, scenarios: Sequence[Scenario]) -> ArmCells:
+def confirm_cells(study: Study, scenarios: Sequence[Scenario]) -> ArmCells:
     finalists = tuple(Finalist(s.name, 1, "c000", CONFIGS[0]) for s in scenarios)
     return stage_cells(
         study,
@@ -286,7 +286,7 @@ def _keys(cells: ArmCells) -> dict[tuple[str, str], list[str]]:
 
 def make_lock_file(study: Study, scenarios: Sequence[Scenario], **changes: Any) -> str:
     """Return the text of the lock that the confirmation of `study` is held to."""
-    cells = _confirm_cells(study, scenarios)
+    cells = confirm_cells(study, scenarios)
     lock = {
         "generation": study.confirm.generation,
         "study": study_hash(study),
@@ -302,7 +302,7 @@ def make_lock_file(study: Study, scenarios: Sequence[Scenario], **changes: Any) 
         "contrasts": study.primary_contrasts(),
         "alpha": study.confirm.alpha,
         "power": study.confirm.power,
-        "margin_fraction": study.confirm.margin,
+        "margin_fraction": study.confirm.margin.model_dump()["share"],
         "gain": None,
         "margin": None,
         "version": "0",

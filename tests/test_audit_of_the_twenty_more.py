@@ -55,6 +55,7 @@ from aqn_tune.study.arms import ArmSpec
 from aqn_tune.study.cells import Cell, Finalist, conditions_of, stage_cells
 from aqn_tune.study.device import HEALTHY, Device
 from aqn_tune.study.loading import load_study
+from aqn_tune.study.margin import GainMargin
 from aqn_tune.study.plan import make_plan
 from aqn_tune.study.runs import Run
 from aqn_tune.study.schema import ConfirmSpec, SearchSpec, Study
@@ -76,7 +77,7 @@ DECLARED = Declared(
     generation=0,
     alpha=0.05,
     margin=0.05,
-    margin_share=0.05,
+    margin_rule=GainMargin(share=0.05),
     power=0.8,
     seed=0,
     decisions=None,

@@ -333,6 +333,41 @@ CASES: dict[str, tuple[tuple[str, str], str, tuple[str, ...]]] = {
         "controls.redraw=often",
         ("controls.redraw", "got 'often'", "'step', 'microbatch' or 'forward'"),
     ),
+    "unknown kind of margin": (
+        ("", ""),
+        "confirm.margin={kind: gapp, share: 0.1}",
+        ("confirm.margin", "unknown kind 'gapp'", "gain, gap, absolute, sd", "did you mean 'gap'?"),
+    ),
+    "kind of margin without a size": (
+        ("", ""),
+        "confirm.margin=gap",
+        ("confirm.margin", "got 'gap'", "{kind: gap, share: 0.1}"),
+    ),
+    "negative margin": (
+        ("", ""),
+        "confirm.margin={kind: absolute, nats: -0.01}",
+        ("confirm.margin.nats", "got -0.01", "greater than 0"),
+    ),
+    "sd as a margin without a search": (
+        ("{replicates: 6}", "{replicates: 6, margin: {kind: sd, factor: 1}}"),
+        "search=null",
+        ("demo.yaml:18", "confirm.margin", "there is no search", "absolute or gap"),
+    ),
+    "sd as a margin with one search seed": (
+        ("{replicates: 6}", "{replicates: 6, margin: {kind: sd, factor: 1}}"),
+        "search.replicates=1",
+        ("confirm.margin", "search.replicates 1 gives no spread", "absolute or gap"),
+    ),
+    "sd as a margin of contrasts that the search does not have": (
+        ("{replicates: 6}", "{contrasts: [[finalist1, finalist1_none]]}"),
+        "confirm.margin={kind: sd, factor: 1}",
+        ("confirm.margin", "no primary contrast has both of its arms in the search"),
+    ),
+    "share of the gap as a percentage": (
+        ("", ""),
+        "confirm.margin={kind: gap, share: 10}",
+        ("confirm.margin.share", "got 10", "less than or equal to 1"),
+    ),
     "stop fraction of the whole training": (
         ("", ""),
         "search.space.dimensions.stop_fraction={kind: float, low: 0.0, high: 1.0}",

@@ -47,6 +47,7 @@ def run(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         ["list", "noise"],
         ["list", "targeting"],
         ["list", "schedules"],
+        ["list", "margins"],
         ["inspect", "--help"],
         ["cluster", "check", "--help"],
     ],

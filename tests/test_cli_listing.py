@@ -14,6 +14,7 @@ from aqn_tune.noise.carriers import CARRIERS
 from aqn_tune.noise.schedules import SCHEDULES
 from aqn_tune.noise.targeting import TARGETINGS
 from aqn_tune.quantization import FORMATS
+from aqn_tune.study.margin import MARGINS
 from aqn_tune.tasks import TASKS
 
 LISTS: dict[str, dict[str, type[Any]]] = {
@@ -23,6 +24,7 @@ LISTS: dict[str, dict[str, type[Any]]] = {
     "targeting": dict(TARGETINGS),
     "schedules": dict(SCHEDULES),
     "tasks": dict(TASKS),
+    "margins": dict(MARGINS),
 }
 
 
@@ -97,6 +99,8 @@ def test_text_has_every_parameter_and_keeps_to_the_width(
         ("targeting", "scores", "values", "list of numbers, or map of layer to number", "-"),
         ("targeting", "zone", "edge", "all, or list of layers such as [0, 14-17, -1]", "-"),
         ("tasks", "jsonl", "train", "path", "required"),
+        ("margins", "gain", "share", "number, > 0", "0.05"),
+        ("margins", "gap", "share", "number, > 0, <= 1", "required"),
         ("tasks", "word_problems", "largest_total", "whole number, >= 20, <= 999", "99"),
     ],
 )  # fmt: skip

@@ -28,6 +28,7 @@ from aqn_tune.ledger import Ledger
 from aqn_tune.search.ranking import finalists
 from aqn_tune.study.cells import Finalist
 from aqn_tune.study.folder import StudyFolder, study_folder
+from aqn_tune.study.margin import AbsoluteMargin, GainMargin
 from aqn_tune.study.schema import Study
 
 Made = tuple[Study, StudyFolder]
@@ -151,7 +152,11 @@ def test_adapters_of_finalists_are_exported_under_relative_names(done: Made) -> 
     [
         ({"replicates": 7}, "replicates: locked 6, now 7"),
         ({"alpha": 0.01}, "alpha: locked 0.05, now 0.01"),
-        ({"margin": 0.2}, "margin_fraction: locked 0.05, now 0.2"),
+        ({"margin": GainMargin(share=0.2)}, "margin_fraction: locked 0.05, now 0.2"),
+        (
+            {"margin": AbsoluteMargin(nats=0.01)},
+            'margin_rule: locked null, now {"kind": "absolute", "nats": 0.01}',
+        ),
         ({"contrasts": (("targeted", "global"),)}, "contrasts: locked"),
     ],
 )

@@ -15,6 +15,7 @@ from aqn_tune.evidence.declared import Declared, declare
 from aqn_tune.evidence.tables import Tables
 from aqn_tune.ledger.rows import CellRow, EvaluationRow, FaultMeasure, LedgerRow, TrainingRow
 from aqn_tune.study.cells import NotAvailable
+from aqn_tune.study.margin import GainMargin
 from aqn_tune.study.scenario import Scenario
 from aqn_tune.study.schema import DecisionSpec, Study
 from aqn_tune.study.seeds import Stage
@@ -125,7 +126,7 @@ DECLARED = Declared(
     generation=0,
     alpha=0.05,
     margin=None,
-    margin_share=0.05,
+    margin_rule=GainMargin(share=0.05),
     power=0.8,
     seed=0,
     decisions=parse_decisions(

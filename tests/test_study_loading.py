@@ -83,6 +83,7 @@ def test_overrides_apply_in_order_and_reach_into_the_space(file: Path) -> None:
         ("task.test_rows=100", "task", {"kind": "word_problems", "test_rows": 100}),
         ("training.method.rank=4", "training.method", {"kind": "lora", "rank": 4}),
         ("controls.schedule.stages=5", "controls.schedule", {"kind": "geometric", "stages": 5}),
+        ("confirm.margin.share=0.1", "confirm.margin", {"kind": "gain", "share": 0.1}),
     ],
 )
 def test_part_of_a_choice_that_is_left_out_is_part_of_its_default(

@@ -32,7 +32,7 @@ _ALIASES: dict[Any, str] = {
 """Types whose parts would say less than the whole."""
 
 app = typer.Typer(
-    help="List what a study may name: faults, quantization, noise, targeting, schedules, tasks.",
+    help="List what a study may name: faults, quantization, noise, targeting, schedules, tasks, margins.",
     no_args_is_help=True,
 )
 
@@ -83,6 +83,14 @@ def tasks(json: Json = False) -> None:
     from aqn_tune.tasks import TASKS
 
     _show("tasks", TASKS, json)
+
+
+@app.command()
+def margins(json: Json = False) -> None:
+    """The kinds of equivalence margins (confirm.margin) and their parameters."""
+    from aqn_tune.study.margin import MARGINS
+
+    _show("margins", MARGINS, json)
 
 
 def _show(title: str, kinds: Mapping[str, type[BaseModel]], json: bool) -> None:

@@ -138,7 +138,7 @@ def _closing(plan: Plan) -> Iterator[str]:
         f"claims    {found.family} primary contrasts ("
         + "; ".join(f"{arm} vs {reference}" for arm, reference in found.contrasts)
         + f") over {len(plan.scenarios)} scenarios, familywise alpha {found.alpha:g}, "
-        f"margin {100 * found.margin:g} % of the gain"
+        f"margin {found.margin_text}"
     )
     if found.looks:
         *before, last = (str(seeds) for seeds in found.looks)

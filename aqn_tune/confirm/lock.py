@@ -12,11 +12,13 @@ from typing import Any, Final, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from aqn_tune.errors import UserError
+from aqn_tune.evidence.margins import ScenarioMargin
 from aqn_tune.study.base import Spec
 from aqn_tune.study.cells import ArmCells, Finalist
 from aqn_tune.study.code import code_hash
 from aqn_tune.study.folder import study_hash
 from aqn_tune.study.keys import content_hash
+from aqn_tune.study.margin import GainMargin, Margin
 from aqn_tune.study.schema import Study
 from aqn_tune.study.space import Value
 
@@ -95,15 +97,29 @@ class ConfirmLock(Spec):
     )
     alpha: float = Field(description="Familywise error rate.")
     power: float = Field(description="Power at which detectable effects are stated.")
-    margin_fraction: float = Field(
-        description="Smallest difference worth acting on, as a share of G."
+    margin_fraction: float | None = Field(
+        description="Smallest difference worth acting on, as a share of G; null: see margin_rule."
     )
     gain: float | None = Field(
         description="G in the search (validation): clean loss of the untrained base less that of the "
-        "clean arm; null without a search."
+        "clean arm; null without a search, and where the margin is no share of it."
     )
     margin: float | None = Field(
-        description="margin_fraction * gain, in units of loss; null: taken from the confirmation's G."
+        description="margin_fraction * gain, in units of loss; null: taken from the confirmation's G, or "
+        "see margin_rule."
+    )
+    # Both are left out of dumps where the margin is a share of G, so that locks from before they existed
+    # keep their identity.
+    margin_rule: Margin | None = Field(
+        None,
+        exclude_if=lambda rule: rule is None,
+        description="Smallest difference worth acting on where it is no share of G.",
+    )
+    margins: tuple[ScenarioMargin, ...] = Field(
+        (),
+        exclude_if=lambda margins: not margins,
+        description="What margin_rule comes to in each scenario; empty: taken from the gap of the "
+        "confirmation.",
     )
     detectable: tuple[DetectableEffect, ...] = Field(
         (), description="Minimum detectable effect of every scenario, known before the first run."
@@ -111,6 +127,12 @@ class ConfirmLock(Spec):
     version: str = Field(description="Version of aqn_tune.")
     code: str = Field(description="Hash of the code of aqn_tune.")
     created: str = Field(description="When it was written (UTC, ISO 8601).")
+
+    def rule(self) -> Margin:
+        """Return what the margin is."""
+        if self.margin_rule is not None:
+            return self.margin_rule
+        return GainMargin.model_validate({"share": self.margin_fraction})
 
     def identity(self) -> str:
         """Return the hash of what is locked; equal for two locks that differ in their time only."""
@@ -160,6 +182,7 @@ def make_lock(
     *,
     gain: float | None,
     detectable: Sequence[DetectableEffect] = (),
+    margins: Sequence[ScenarioMargin] = (),
 ) -> ConfirmLock:
     """Return the lock that a study comes to, given what its search has found.
 
@@ -169,8 +192,10 @@ def make_lock(
         cells: of the confirm stage.
         gain: G in the search; None without one.
         detectable: see `aqn_tune.confirm.measured.detectable_effects`.
+        margins: see `aqn_tune.confirm.margins.fixed_margins`.
     """
     confirm = study.confirm
+    share = confirm.margin.share if isinstance(confirm.margin, GainMargin) else None
     seeds = {cell.replicate: cell.run.seed for cell in cells.cells}
     keys: dict[tuple[str, str], list[str]] = {}
     for cell in cells.cells:
@@ -191,9 +216,11 @@ def make_lock(
         contrasts=study.primary_contrasts(),
         alpha=confirm.alpha,
         power=confirm.power,
-        margin_fraction=confirm.margin,
+        margin_fraction=share,
         gain=gain,
-        margin=None if gain is None else confirm.margin * gain,
+        margin=None if gain is None or share is None else share * gain,
+        margin_rule=confirm.margin if share is None else None,
+        margins=tuple(margins),
         detectable=tuple(detectable),
         version=metadata.version("aqn_tune"),
         code=code_hash(),

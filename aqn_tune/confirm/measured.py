@@ -19,7 +19,7 @@ from aqn_tune.study.schema import Study
 
 
 def search_gain(ledger: Ledger, study: Study, scenarios: Sequence[Scenario]) -> float | None:
-    """Return G as the search measured it, None for a study without a search.
+    """Return G as the search measured it, None without a search or where the margin is no share of G.
 
     G is the clean validation loss of the untrained base less the mean of the clean arm's over every
     search seed, in nats per token.
@@ -27,7 +27,7 @@ def search_gain(ledger: Ledger, study: Study, scenarios: Sequence[Scenario]) -> 
     Raises UserError when the base or any seed of the clean arm has no finite loss: a mean over the
     seeds that survived would be another G, and with it another margin.
     """
-    if study.search is None or study.search.configs == 0:
+    if study.search is None or study.search.configs == 0 or study.confirm.margin.kind != "gain":
         return None
     tables = Tables(ledger.rows())
     losses: dict[str, float] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from aqn_tune.confirm.lock import ConfirmLock, hold_lock, make_lock, read_locks
+from aqn_tune.confirm.margins import fixed_margins, margin_lines
 from aqn_tune.confirm.measured import detectable_effects, detectable_lines, search_gain
 from aqn_tune.confirm.standing import locked_work, look_of
 from aqn_tune.errors import UserError
@@ -85,7 +86,7 @@ def run_confirm(
         if not work.queued:
             return
         if not attempt:
-            for line in detectable_lines(held):
+            for line in (*detectable_lines(held), *margin_lines(held)):
                 say(line)
         execute(
             work,
@@ -130,6 +131,8 @@ def _lock(
     )
     gain = search_gain(ledger, study, scenarios)
     detectable = detectable_effects(ledger, study, scenarios, finalists, cells)
+    margins = fixed_margins(ledger, study, scenarios, detectable)
     return hold_lock(
-        folder.lock, make_lock(study, finalists, cells, gain=gain, detectable=detectable)
+        folder.lock,
+        make_lock(study, finalists, cells, gain=gain, detectable=detectable, margins=margins),
     )

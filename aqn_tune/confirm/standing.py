@@ -80,7 +80,9 @@ def locked_work(
     cells = stage_cells(
         study, setting, scenarios, stage="confirm", layer_count=layer_count, finalists=chosen
     )
-    wanted = make_lock(study, chosen, cells, gain=held.gain, detectable=held.detectable)
+    wanted = make_lock(
+        study, chosen, cells, gain=held.gain, detectable=held.detectable, margins=held.margins
+    )
     check_lock(folder.lock, held, wanted)
     recorder = recorder or Recorder(Ledger(folder.ledger), folder.root)
     check_recorded(recorder, cells.cells, generation=held.generation)

@@ -21,6 +21,7 @@ from aqn_tune.evidence.contrasts import PairedContrast, paired_contrast
 from aqn_tune.evidence.decisions import Decision, contrast_name, decide
 from aqn_tune.evidence.declared import Declared
 from aqn_tune.evidence.looks import Look, look_reached
+from aqn_tune.evidence.margins import ScenarioMargin, scenario_margin
 from aqn_tune.evidence.power import mde_sd_units
 from aqn_tune.evidence.regimes import RegimeReport, regime_of
 from aqn_tune.evidence.tables import CellResult, Cost, Tables
@@ -42,6 +43,8 @@ class ScenarioEvidence:
     """Its primary contrasts, named `scenario/arm-vs-reference`, judged in the whole family."""
     decision: Decision | None
     """The conclusion of the decision matrix; `None` when the study declares none."""
+    margin: ScenarioMargin
+    """The margin that its contrasts are held to, or why there is none."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,9 @@ def _assemble(tables: Tables, declared: Declared) -> Evidence:
         )
         for scenario in declared.scenarios
     }
+    margins = {
+        scenario: _margin(declared, scenario, regimes[scenario]) for scenario in declared.scenarios
+    }
     judged = judge(
         {
             f"{scenario}/{contrast_name(arm, reference)}": contrast_of(
@@ -106,7 +112,7 @@ def _assemble(tables: Tables, declared: Declared) -> Evidence:
         },
         alpha=declared.alpha,
         margin={
-            f"{scenario}/{contrast_name(arm, reference)}": _margin(declared, regimes[scenario])
+            f"{scenario}/{contrast_name(arm, reference)}": margins[scenario].nats
             for scenario, arm, reference in declared.family
         },
         power=declared.power,
@@ -118,7 +124,15 @@ def _assemble(tables: Tables, declared: Declared) -> Evidence:
         declared=declared,
         base_clean_loss=base,
         scenarios=tuple(
-            _scenario(tables, declared, scenario, regimes[scenario], cells, by_scenario[scenario])
+            _scenario(
+                tables,
+                declared,
+                scenario,
+                regimes[scenario],
+                cells,
+                by_scenario[scenario],
+                margins[scenario],
+            )
             for scenario in declared.scenarios
         ),
         mde_in_sd=mde_sd_units(
@@ -180,12 +194,18 @@ def _problem(arm: str, results: Sequence[CellResult]) -> str:
     return ""
 
 
-def _margin(declared: Declared, regime: RegimeReport) -> float | None:
+def _margin(declared: Declared, scenario: str, regime: RegimeReport) -> ScenarioMargin:
+    """Return the margin of a scenario; what was fixed before the first confirm run goes first."""
+    rule = declared.margin_rule
+    fixed = next((one for one in declared.margins if one.scenario == scenario), None)
+    if fixed is not None:
+        return fixed
     if declared.margin is not None:
-        return declared.margin
-    if regime.gain is None or regime.gain <= 0:
-        return None
-    return declared.margin_share * regime.gain
+        return ScenarioMargin(scenario=scenario, nats=declared.margin, measured="search")
+    # An sd of the confirmed pairs is never taken: they would set the bar that they are held to.
+    basis = {"gain": regime.gain, "gap": regime.gap}.get(rule.kind)
+    missing = "the search did not measure it" if rule.kind == "sd" else regime.reason
+    return scenario_margin(rule, scenario, basis, "confirmation", missing=missing)
 
 
 def _scenario(
@@ -195,6 +215,7 @@ def _scenario(
     regime: RegimeReport,
     cells: Mapping[tuple[str, str], tuple[CellResult, ...]],
     judged: Sequence[Judged],
+    margin: ScenarioMargin,
 ) -> ScenarioEvidence:
     arms = tuple(
         summarise_arm(tables, declared, scenario, arm, regime.regime, cells)
@@ -216,4 +237,5 @@ def _scenario(
         arms=arms,
         contrasts=tuple(judged),
         decision=decision,
+        margin=margin,
     )

@@ -9,7 +9,9 @@ from pydantic import Field
 
 from aqn_tune.errors import UserError, nearest
 from aqn_tune.evidence.decisions import DecisionMatrix, contrast_name, matrix_of
+from aqn_tune.evidence.margins import ScenarioMargin
 from aqn_tune.study.base import Spec
+from aqn_tune.study.margin import Margin
 
 if TYPE_CHECKING:
     from aqn_tune.study.cells import NotAvailable
@@ -38,9 +40,14 @@ class Declared(Spec):
     alpha: float = Field(gt=0, lt=0.5, description="Familywise error rate of the whole study.")
     margin: float | None = Field(
         gt=0,
-        description="Margin in nats; null: `margin_share` of the G that the confirm stage finds.",
+        description="Margin in nats where it was fixed for every scenario alike; null: see `margins`.",
     )
-    margin_share: float = Field(gt=0, description="Margin as a share of G.")
+    margin_rule: Margin = Field(description="What the margin is: its kind and its size.")
+    margins: tuple[ScenarioMargin, ...] = Field(
+        (),
+        description="Margins that were fixed before the first confirm run; a scenario without one takes "
+        "its gain or gap from what the confirm stage finds.",
+    )
     power: float = Field(ge=0.5, lt=1, description="Power at which detectable effects are stated.")
     seed: int = Field(ge=0, description="Seed of the bootstrap and of drawn sign flips.")
     decisions: DecisionMatrix | None = Field(
@@ -87,7 +94,7 @@ def declare(
         generation=study.confirm.generation,
         alpha=study.confirm.alpha,
         margin=margin,
-        margin_share=study.confirm.margin,
+        margin_rule=study.confirm.margin,
         power=study.confirm.power,
         seed=study.seed,
         decisions=None if study.decisions is None else matrix_of(study.decisions),

@@ -45,6 +45,8 @@ class RegimeReport:
     """(mean loss of fault_only - mean loss of clean) / G; 1 = all that training gained is lost."""
     reason: str
     """Why a number is missing; empty otherwise."""
+    gap: float | None = None
+    """Mean loss of fault_only - mean loss of clean (unit of the metric); needs no G."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,18 @@ def gain(base_clean_loss: float, clean: Sequence[float]) -> float:
     return base_clean_loss - math.fsum(clean) / len(clean)
 
 
+def gap(clean: Sequence[float], fault_only: Sequence[float]) -> float | None:
+    """Return what the fault costs the arm without noise, `None` where a loss is missing or not finite.
+
+    Args:
+        clean: losses `[n]` of the clean arm, evaluated clean.
+        fault_only: losses `[n]` of the fault_only arm, evaluated under the fault.
+    """
+    if not clean or not fault_only or not _finite([*clean, *fault_only]):
+        return None
+    return math.fsum(fault_only) / len(fault_only) - math.fsum(clean) / len(clean)
+
+
 def regime_of(
     base_clean_loss: float | None, clean: Sequence[float], fault_only: Sequence[float]
 ) -> RegimeReport:
@@ -101,21 +115,22 @@ def regime_of(
         )
         if not values or not _finite(values)
     ]
-    if missing or base_clean_loss is None:
+    lost = gap(clean, fault_only)
+    if missing or base_clean_loss is None or lost is None:
         reason = f"no finite loss of: {', '.join(missing)}"
-        return RegimeReport(Regime.UNDETERMINED, gain=None, damage=None, reason=reason)
+        return RegimeReport(Regime.UNDETERMINED, gain=None, damage=None, reason=reason, gap=lost)
     g = gain(base_clean_loss, clean)
     if g <= 0:
         reason = f"the clean arm is no better than the untrained base (gain {g:.4g})"
-        return RegimeReport(Regime.UNDETERMINED, gain=g, damage=None, reason=reason)
-    damage = (math.fsum(fault_only) / len(fault_only) - math.fsum(clean) / len(clean)) / g
+        return RegimeReport(Regime.UNDETERMINED, gain=g, damage=None, reason=reason, gap=lost)
+    damage = lost / g
     if damage < HARMLESS_BELOW:
         regime = Regime.HARMLESS
     elif damage > CATASTROPHIC_ABOVE:
         regime = Regime.CATASTROPHIC
     else:
         regime = Regime.DEGRADING
-    return RegimeReport(regime, gain=g, damage=damage, reason="")
+    return RegimeReport(regime, gain=g, damage=damage, reason="", gap=lost)
 
 
 def recovery(

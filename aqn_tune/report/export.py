@@ -88,6 +88,7 @@ def _contrasts(content: Mapping[str, Any]) -> list[dict[str, Any]]:
         for name, one in found["contrasts"].items():
             arm, _, reference = name.partition("-vs-")
             numbers = {key: value for key, value in one.items() if key != "notes"}
+            margin = found["margin"]
             notes = " ".join(one.get("notes", ()))
             lines.append(
                 {
@@ -95,6 +96,10 @@ def _contrasts(content: Mapping[str, Any]) -> list[dict[str, Any]]:
                     "arm": arm,
                     "reference": reference,
                     **numbers,
+                    "margin_kind": content["margin_rule"]["kind"],
+                    "margin_basis": margin["basis"],
+                    "margin_measured": margin["measured"],
+                    "margin_reason": margin["reason"],
                     "notes": notes,
                 }
             )

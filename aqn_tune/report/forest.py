@@ -18,7 +18,7 @@ def forest_svg(results: Results, during: During) -> str:
     """Return the plot of the contrasts in which the fault acts `during`, empty without numbers.
 
     A thick line is the plain interval of the contrast, a thin one that of the whole family, which
-    the margin (the shaded band) is held to. To the right of zero the arm is better.
+    the margin of its scenario (the shaded band) is held to. To the right of zero the arm is better.
     """
     groups = [
         (sweep_label(scenario), str(evidence.regime.regime), evidence.contrasts)
@@ -35,7 +35,7 @@ def forest_svg(results: Results, during: During) -> str:
     height = TOP + BOTTOM + HEAD * len(groups) + ROW * len(judged)
     x = bent(bound, knee, LEFT, WIDTH - RIGHT)
     floor = height - BOTTOM
-    parts = _frame(x, bound, knee, floor)
+    parts = _frame(x, bound, knee, floor, several=len(set(margins)) > 1)
     top = TOP
     for label, regime, contrasts in groups:
         margin = next((one.margin for one in contrasts if one.margin), None)
@@ -45,6 +45,8 @@ def forest_svg(results: Results, during: During) -> str:
             parts.append(draw.box(left, top, right - left, bottom - top, "margin"))
         parts.append(draw.text(8, top + 18, label, "group"))
         parts.append(draw.text(LEFT - 10, top + 18, regime, f"small {regime}", "end"))
+        shown = f"margin {margin:.3g}" if margin else "no margin"
+        parts.append(draw.text(WIDTH - RIGHT + 16, top + 18, shown, "small faint"))
         for position, one in enumerate(contrasts):
             parts += _row(one, x, top + HEAD + ROW * (position + 0.5))
         parts.append(draw.line(8, bottom, WIDTH - 8, bottom, "grid"))
@@ -62,13 +64,14 @@ def _ends(judged: Judged) -> list[float]:
     return [value for value in found if value is not None]
 
 
-def _frame(x: Scale, bound: float, knee: float, floor: float) -> list[str]:
+def _frame(x: Scale, bound: float, knee: float, floor: float, *, several: bool) -> list[str]:
     parts = []
     for tick in bent_ticks(bound, knee):
         parts.append(draw.line(x(tick), TOP, x(tick), floor, "grid"))
         parts.append(draw.text(x(tick), floor + 16, tick_label(tick), "small", "middle"))
     middle = (LEFT + WIDTH - RIGHT) / 2
-    label = f"improvement ({NATS}); straight near zero, logarithmic beyond the margin"
+    which = "the smallest margin" if several else "the margin"
+    label = f"improvement ({NATS}); straight near zero, logarithmic beyond {which}"
     parts.append(draw.text(middle, floor + 36, label, "label", "middle"))
     parts.append(draw.text(LEFT, 18, "\N{LEFTWARDS ARROW} arm worse", "small faint"))
     parts.append(

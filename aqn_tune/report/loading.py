@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from aqn_tune.confirm.lock import ConfirmLock, LockFile, read_locks
+from aqn_tune.confirm.margins import locked_margins
 from aqn_tune.errors import UserError
 from aqn_tune.evidence.assemble import Evidence, assemble
 from aqn_tune.evidence.declared import Declared, declare
@@ -103,7 +104,8 @@ def _locked(
             "generation": lock.generation,
             "alpha": lock.alpha,
             "power": lock.power,
-            "margin_share": lock.margin_fraction,
+            "margin_rule": lock.rule(),
+            "margins": locked_margins(lock, [one.name for one in scenarios]),
         }
     )
 
@@ -122,7 +124,7 @@ def _check_study(folder: StudyFolder, study: Study, locks: LockFile) -> None:
             "study hash": (lock.study, study_hash(study)),
             "alpha": (lock.alpha, confirm.alpha),
             "power": (lock.power, confirm.power),
-            "margin": (lock.margin_fraction, confirm.margin),
+            "margin": (lock.rule(), confirm.margin),
             "contrasts": (lock.contrasts, study.primary_contrasts()),
         }
         differ = (f"{k}: locked {old}, now {new}" for k, (old, new) in pairs.items() if old != new)

@@ -14,6 +14,7 @@ from aqn_tune.report.device_tables import device_tables, effect_text
 from aqn_tune.report.exploratory_table import exploratory_table, explored
 from aqn_tune.report.forest import forest_svg
 from aqn_tune.report.generated_table import generated_tables
+from aqn_tune.report.margins import margin_fact, no_margin
 from aqn_tune.report.mechanism_figure import CAPTION, DEFINITION, mechanism_sections
 from aqn_tune.report.record_tables import cost_table, failed_table, missing_table, search_table
 from aqn_tune.report.results import Results, cell_id
@@ -25,7 +26,7 @@ from aqn_tune.report.scenario_tables import (
     sweep_label,
 )
 from aqn_tune.report.table import Mark, Table, escape
-from aqn_tune.report.text import count, percent
+from aqn_tune.report.text import count
 from aqn_tune.report.verdict_tables import (
     GIVEN_THE_TEST_SET,
     alpha_text,
@@ -60,7 +61,7 @@ class Answer(NamedTuple):
     conclusion: str
     """The sentence of the decision matrix, empty when the study declares none."""
     caution: str
-    """Why the regime limits what can be said; empty in a degrading one."""
+    """Why the regime, or a margin that is missing, limits what can be said; empty where neither does."""
 
 
 class Part(NamedTuple):
@@ -99,7 +100,9 @@ def answers(results: Results, during: During) -> tuple[Answer, ...]:
                 (contrast_label(one), verdict_mark(one.verdict)) for one in evidence.contrasts
             ),
             conclusion=evidence.decision.say if evidence.decision else "",
-            caution=CAUTION.get(evidence.regime.regime, ""),
+            caution="; ".join(
+                text for text in (CAUTION.get(evidence.regime.regime), no_margin(evidence)) if text
+            ),
         )
         for scenario, evidence in results.evidence_of(during)
     )
@@ -149,7 +152,7 @@ def context(results: Results) -> dict[str, Any]:
         "claims": results.shows_verdicts,
         "confirmed": confirmed,
         "tally": tally(results) if results.shows_verdicts else "",
-        "margin": percent(declared.margin_share, 1),
+        "margin": margin_fact(results),
         "alpha": alpha_text(results),
         "seeds": seeds_text(results),
         "look": look_text(results),

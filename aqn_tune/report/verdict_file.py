@@ -7,10 +7,12 @@ from typing import Any
 
 from aqn_tune.evidence.arms import ArmEvidence
 from aqn_tune.evidence.assemble import ScenarioEvidence
+from aqn_tune.evidence.declared import Declared
 from aqn_tune.evidence.looks import Look
 from aqn_tune.evidence.verdicts import Judged
 from aqn_tune.report.results import Results
 from aqn_tune.study.folder import study_hash
+from aqn_tune.study.margin import GainMargin
 
 VERDICT_FORMAT = 1
 """Raised when a key of `verdict.json` changes its meaning or goes away."""
@@ -26,6 +28,7 @@ def verdict_content(results: Results, *, times: dict[str, Any] | None = None) ->
     0..1.
     """
     evidence, declared, look = results.evidence, results.evidence.declared, results.evidence.look
+    rule = declared.margin_rule
     return {
         "format": VERDICT_FORMAT,
         "study": results.study.study,
@@ -41,8 +44,9 @@ def verdict_content(results: Results, *, times: dict[str, Any] | None = None) ->
         "alpha": declared.alpha if look is None else look.whole_alpha,
         "look": None if look is None else _look(look),
         "family_size": len(declared.family),
-        "margin": declared.margin,
-        "margin_share": declared.margin_share,
+        "margin": _same_everywhere(declared),
+        "margin_share": rule.share if isinstance(rule, GainMargin) else None,
+        "margin_rule": rule.model_dump(mode="json"),
         "mde_in_sd": evidence.mde_in_sd,
         "base_clean_loss": evidence.base_clean_loss,
         "scenarios": {one.scenario: _scenario(results, one) for one in evidence.scenarios},
@@ -84,6 +88,12 @@ def _seeds(results: Results) -> list[int]:
     return [found[replicate] for replicate in sorted(found)]
 
 
+def _same_everywhere(declared: Declared) -> float | None:
+    """Return the margin that was fixed for every scenario alike, None where there is no such number."""
+    fixed = {one.nats for one in declared.margins}
+    return fixed.pop() if len(fixed) == 1 else declared.margin
+
+
 def _scenario(results: Results, evidence: ScenarioEvidence) -> dict[str, Any]:
     scenario = results.scenario(evidence.scenario)
     claims = results.shows_verdicts
@@ -94,6 +104,7 @@ def _scenario(results: Results, evidence: ScenarioEvidence) -> dict[str, Any]:
         "gain": evidence.regime.gain,
         "damage": evidence.regime.damage,
         "regime_reason": evidence.regime.reason,
+        "margin": evidence.margin.model_dump(mode="json", exclude={"scenario"}),
         "faults": [
             {
                 "kind": fault.kind,

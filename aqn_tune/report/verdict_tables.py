@@ -7,6 +7,7 @@ from statistics import median
 
 from aqn_tune.evidence.looks import settled
 from aqn_tune.evidence.verdicts import Judged, Verdict
+from aqn_tune.report.margins import margin_notes
 from aqn_tune.report.results import Results
 from aqn_tune.report.scenario_tables import DURING, NATS, sweep_label
 from aqn_tune.report.table import Cell, Column, Mark, Table
@@ -89,7 +90,8 @@ def contrasts_table(results: Results, during: During) -> Table:
         "says that sharing seeds paid. "
         f"{GIVEN_THE_TEST_SET}"
     )
-    return Table(f"Primary contrasts: {DURING[during]}", columns, tuple(rows), (explained, *notes))
+    notes = [explained, *margin_notes(results, during), *notes]
+    return Table(f"Primary contrasts: {DURING[during]}", columns, tuple(rows), tuple(notes))
 
 
 def _contrast_cells(judged: Judged) -> tuple[Cell, ...]:

@@ -211,7 +211,7 @@ def _with_kinds(source: Source) -> Source:
 
 
 def _default_kinds() -> Iterator[tuple[tuple[str, ...], str]]:
-    for room in ("", "training", "controls"):
+    for room in ("", "training", "controls", "confirm"):
         model: Any = Study.model_fields[room].default if room else Study
         for name, field in (type(model) if room else model).model_fields.items():
             kind = getattr(field.default, "kind", None)

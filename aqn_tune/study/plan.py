@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from aqn_tune.errors import UserError
 from aqn_tune.search.cluster import worker_count
@@ -16,11 +17,12 @@ from aqn_tune.study.cells import NotAvailable, named_arms, resolve_run, stage_ce
 from aqn_tune.study.compiling import Compiled, compare_compiled, compile_wait
 from aqn_tune.study.describe import arm_text, device_text, fault_text, quantizer_text
 from aqn_tune.study.describe import ranges as ranges
-from aqn_tune.study.detectable import detectable_effect
+from aqn_tune.study.detectable import detectable_effect, t_quantile
 from aqn_tune.study.effort import StagePlan, Work, confirm_plan, search_plan
 from aqn_tune.study.folder import study_folder, study_hash
 from aqn_tune.study.loading import layer_count, make_setting, resolve_scenarios
 from aqn_tune.study.looks import alpha_at_look
+from aqn_tune.study.margin import SdMargin, origin_words, written_margin
 from aqn_tune.study.packing import pack_size
 from aqn_tune.study.runs import Run, Setting
 from aqn_tune.study.scenario import Scenario
@@ -98,8 +100,12 @@ class Detectable:
     """Minimum detectable effect at the last seed, in standard deviations of the paired difference."""
     floor: float
     """Smallest p of the exact sign-flip test at this number of seeds."""
-    margin: float
-    """Share of the gain G."""
+    margin: float | dict[str, Any]
+    """As studies hold it: a share of the gain G, or a mapping with its kind."""
+    margin_text: str
+    """The same in words, with where its number in nats will come from."""
+    half_interval: float
+    """Half the interval that `~` holds to the margin, in standard deviations of the paired difference."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +169,7 @@ def make_plan(study: Study) -> Plan:
         search_cells = stage_cells(study, setting, scenarios, stage="search", layer_count=layers)
         search = search_plan(study, scenarios, search_cells)
     confirm = confirm_plan(study, scenarios, confirm_cells)
+    detectable = _detectable(study, scenarios, confirm_cells.missing)
     return Plan(
         study=study.study,
         hash=study_hash(study),
@@ -180,9 +187,9 @@ def make_plan(study: Study) -> Plan:
         rungs=rung_steps(study.search, study.training.steps) if study.search else (),
         search=search,
         confirm=confirm,
-        detectable=_detectable(study, scenarios, confirm_cells.missing),
+        detectable=detectable,
         estimate=_estimate(study, setting, search, confirm),
-        cautions=study_cautions(study, scenarios),
+        cautions=(*study_cautions(study, scenarios), *_margin_cautions(study, detectable)),
     )
 
 
@@ -265,7 +272,24 @@ def _detectable(
         power=confirm.power,
         effect_sd=detectable_effect(confirm.replicates, level, confirm.power),
         floor=2.0 ** (1 - confirm.replicates),
-        margin=confirm.margin,
+        margin=written_margin(confirm.margin),
+        margin_text=origin_words(
+            confirm.margin, searched=study.search is not None and study.search.configs > 0
+        ),
+        # Of the interval at 1 - 2 alpha / m, see `aqn_tune.evidence.verdicts.judge`.
+        half_interval=t_quantile(1 - level, confirm.replicates - 1) / confirm.replicates**0.5,
+    )
+
+
+def _margin_cautions(study: Study, found: Detectable) -> tuple[str, ...]:
+    """Return what is to be known of a margin in sd: one below half the interval is as good as none."""
+    rule = study.confirm.margin
+    if not isinstance(rule, SdMargin) or rule.factor > found.half_interval:
+        return ()
+    return (
+        f"confirm.margin: {rule.words()} is not above {found.half_interval:.2f} sd, half the interval that "
+        f"{found.replicates} seeds give {found.family} contrasts: nothing is called equivalent unless its "
+        "pairs spread less than in the search; give a larger factor or more confirm.replicates",
     )
 
 

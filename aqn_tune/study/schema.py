@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
 from aqn_tune.errors import nearest
 from aqn_tune.models.spec import ModelSpec
 from aqn_tune.study.arms import CONTROL_NAMES, ArmSpec, ControlsSpec
 from aqn_tune.study.base import Spec
 from aqn_tune.study.looks import Looks
+from aqn_tune.study.margin import GainMargin, Margin, SdMargin, read_margin, written_margin
 from aqn_tune.study.scenario import ScenarioSpec
 from aqn_tune.study.space import SpaceSpec
 from aqn_tune.study.training import TrainingSpec
@@ -68,8 +69,10 @@ class ConfirmSpec(Spec):
     alpha: float = Field(
         0.05, gt=0, lt=0.5, description="Familywise error rate of the whole study."
     )
-    margin: float = Field(
-        0.05, gt=0, description="Smallest difference worth acting on, as a share of the gain G."
+    margin: Margin = Field(
+        GainMargin(),
+        description="Smallest difference worth acting on: a number is a share of the gain G; else a "
+        "mapping with its kind: gain, gap, absolute or sd.",
     )
     power: float = Field(
         0.8, ge=0.5, lt=1, description="Power at which the detectable effect is stated."
@@ -100,6 +103,15 @@ class ConfirmSpec(Spec):
     export: Literal["finalists", "all", "none"] = Field(
         "finalists", description="Which confirmed adapters are exported as PEFT folders."
     )
+
+    @field_validator("margin", mode="before")
+    @classmethod
+    def _read_margin(cls, value: Any) -> Any:
+        return read_margin(value)
+
+    @field_serializer("margin")
+    def _written_margin(self, margin: Margin) -> float | dict[str, Any]:
+        return written_margin(margin)
 
 
 class ComputeSpec(Spec):
@@ -244,6 +256,31 @@ class Study(Spec):
     @model_validator(mode="after")
     def _observed_steps_exist(self) -> Study:
         self.observed_steps()
+        return self
+
+    @model_validator(mode="after")
+    def _margin_is_measured(self) -> Study:
+        if isinstance(self.confirm.margin, SdMargin):
+            search = self.search if self.search and self.search.configs else None
+            twins = ("_none", "_global")
+            measured = [
+                pair
+                for pair in self.primary_contrasts()
+                if not any(n.startswith("finalist") and n.endswith(twins) for n in pair)
+            ]
+            problem = ""
+            if search is None:
+                problem = "there is no search"
+            elif search.replicates < 2:
+                problem = f"search.replicates {search.replicates} gives no spread"
+            elif not measured:
+                problem = "no primary contrast has both of its arms in the search"
+            if problem:
+                raise ValueError(
+                    f"confirm.margin: got kind sd, which takes the sd that the search measures, and "
+                    f"{problem}; one of the confirmed pairs themselves would be no fixed margin: "
+                    "give kind absolute or gap"
+                )
         return self
 
     def observed_steps(self) -> tuple[int, ...]:
