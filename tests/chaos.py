@@ -95,6 +95,8 @@ class Round(NamedTuple):
     """What the study was at when the driver ended."""
     rungs: int
     """Rungs of trainings in the ledger at that moment."""
+    seconds: float
+    """How long the driver ran."""
     defects: tuple[str, ...]
 
 
@@ -171,7 +173,8 @@ def killed(root: Path, quiet: Ended, moment: Moment, *, forget: bool = False) ->
             if folder.ledger.exists() and folder.ledger.read_bytes().count(b"\n") >= moment.rows:
                 break
             time.sleep(0.01)
-        hung = time.monotonic() - began >= LIMIT
+        ran = time.monotonic() - began
+        hung = ran >= LIMIT
     finally:
         driver.kill()
         _, err = driver.communicate()
@@ -184,7 +187,7 @@ def killed(root: Path, quiet: Ended, moment: Moment, *, forget: bool = False) ->
     defects += _lost(before, ended)
     defects += _again(recorded, _lines(ended.log)[seen:])
     defects += _differences(quiet, ended) if workers == 1 else _other_numbers(quiet, ended)
-    return Round(driver.returncode, stage_of(held), len(held.rungs), tuple(defects))
+    return Round(driver.returncode, stage_of(held), len(held.rungs), ran, tuple(defects))
 
 
 def stage_of(ledger: Ledger) -> Stage:
@@ -345,12 +348,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             quiet = finish(Path(name) / f"quiet{workers}", workers)
             print(f"{workers} worker(s), undisturbed: {quiet.seconds:.0f} s", flush=True)
             rounds: list[Round] = []
+            # The quiet study may have had a slower machine than the rounds.
+            whole = quiet.seconds
             for number in range(2 * options.kills):
                 if sum(one.code == KILLED for one in rounds) == options.kills:
                     break
-                after = moments.uniform(0.05, 1.0) * quiet.seconds
+                after = moments.uniform(0.05, 1.0) * whole
                 done = killed(Path(name) / f"{workers}-{number}", quiet, Moment(seconds=after))
                 rounds.append(done)
+                whole = whole if done.code == KILLED else min(whole, done.seconds)
                 said = "; ".join(done.defects) or "as undisturbed"
                 print(
                     f"  {number + 1:2d}: after {after:4.1f} s {_met(done)}, {done.rungs:3d} rungs: {said}",
