@@ -127,9 +127,9 @@ def test_a_driver_that_hangs_before_its_moment_is_a_defect(
     assert (done.code, done.defects) == (chaos.KILLED, ("the driver hung",))
 
 
-KILL = chaos.Round(chaos.KILLED, "search", 40, ())
+KILL = chaos.Round(chaos.KILLED, "search", 40, 5.0, ())
 FOUND = KILL._replace(defects=("rung tables differ",))
-BY_ITSELF = KILL._replace(code=0, stage="report")
+BY_ITSELF = KILL._replace(code=0, stage="report", seconds=1.0)
 CRASH = KILL._replace(code=1, defects=("the driver ended with 1 by itself: ValueError",))
 
 
@@ -137,12 +137,15 @@ CRASH = KILL._replace(code=1, defects=("the driver ended with 1 by itself: Value
     ("rounds", "control", "code", "said"),
     [
         ([KILL, KILL._replace(stage="confirm")], FOUND, 0,
-         ["2 of 2 drivers killed (1 in search, 1 in confirm), 2 of those as undisturbed",
+         ["2 drivers killed in 2 rounds (1 in search, 1 in confirm), 2 of 2 as undisturbed",
           "killed in search: found out: rung tables differ"]),
-        ([KILL, BY_ITSELF], FOUND, 0, ["1 of 2 drivers killed (1 in search), 1 of those as undisturbed"]),
-        ([BY_ITSELF, BY_ITSELF], FOUND, 1, ["0 of 2 drivers killed"]),
-        ([KILL, CRASH], FOUND, 1, ["1 of 2 drivers killed (1 in search), 1 of those", "ended with 1"]),
-        ([KILL, FOUND], FOUND, 1, ["2 of 2 drivers killed (2 in search), 1 of those as undisturbed"]),
+        ([KILL, BY_ITSELF, KILL], FOUND, 0,
+         ["2 drivers killed in 3 rounds (2 in search), 2 of 2 as undisturbed"]),
+        # twice as many rounds as there were to be kills, and too few
+        ([KILL, *[BY_ITSELF] * 3], FOUND, 1, ["1 drivers killed in 4 rounds"]),
+        ([BY_ITSELF] * 4, FOUND, 1, ["0 drivers killed in 4 rounds"]),
+        ([KILL, CRASH, KILL], FOUND, 1, ["2 drivers killed in 3 rounds", "ended with 1"]),
+        ([KILL, FOUND], FOUND, 1, ["2 drivers killed in 2 rounds (2 in search), 1 of 2 as undisturbed"]),
         ([KILL, KILL], KILL, 1, ["NOT FOUND OUT"]),
         ([KILL, KILL], CRASH, 1, ["scheduler forgotten, ended with 1"]),
     ],
@@ -156,10 +159,19 @@ def test_what_the_rounds_come_to(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     left = [*rounds, control]
+    shortest = 10.0
+
+    def kill(root: Path, quiet: chaos.Ended, moment: chaos.Moment, **_: bool) -> chaos.Round:
+        nonlocal shortest
+        assert moment.seconds <= shortest or moment.rows == 1, "it has ended by then"
+        done = left.pop(0)
+        shortest = shortest if done.code == chaos.KILLED else done.seconds
+        return done
+
     quiet = chaos.Ended(chaos.study_in("runs", 1), StudyFolder(Path("none")), Path("log"), 10.0)
     monkeypatch.setattr(chaos, "finish", lambda *_: quiet)
     monkeypatch.setattr(chaos, "search_half", lambda _: chaos.Moment(rows=1))
-    monkeypatch.setattr(chaos, "killed", lambda *_, **__: left.pop(0))
+    monkeypatch.setattr(chaos, "killed", kill)
     assert chaos.main(["--kills", "2", "--workers", "1"]) == code
     assert not left
     out = capsys.readouterr().out

@@ -17,6 +17,7 @@ from aqn_tune.evidence.verdicts import FEWEST_SEEDS
 from aqn_tune.ledger.broken import BROKE_OFF
 from aqn_tune.ledger.rows import CellRow, EvaluationRow, LedgerRow, TrainingRow
 from aqn_tune.study.looks import FEWEST_AT_A_LOOK, alpha_at_look
+from aqn_tune.study.margin import GainMargin
 from aqn_tune.study.schema import ConfirmSpec
 
 SCENARIO, STEPS = "both", 20
@@ -99,7 +100,7 @@ def declared(arms: Sequence[str], looks: tuple[int, ...] = LOOKS, **changes: Any
         "generation": 0,
         "alpha": 0.06,
         "margin": 0.05,
-        "margin_share": 0.05,
+        "margin_rule": GainMargin(),
         "power": 0.8,
         "seed": 0,
         "decisions": None,
