@@ -438,12 +438,12 @@ def test_plan_says_the_looks(
         f"study: demo\nscenario: {{faults: [{fault}]}}\nconfirm: {{replicates: 12}}\n"
     )
     assert call(["plan", "demo.yaml"]) == 0
-    assert "looks" not in capsys.readouterr().out
+    assert "looks  " not in capsys.readouterr().out
     assert call(["plan", "demo.yaml", "--set", "confirm.looks=[6, 9, 12]"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     for fragment in (
         "at 6, 9 and 12 seeds, each judged at alpha 0.0167; the confirmation ends at the first that leaves",
-        "the time of its 12 seeds are at most",
+        "all 12 seeds, which are counted above and below, are the most that it takes",
         "at n = 12, the last look,",
     ):
         assert fragment in text

@@ -411,6 +411,22 @@ def test_the_live_logs_are_those_of_the_ledger(tmp_path: Path) -> None:
     assert live["confirm/both/targeted"]["final/loss_faulty"] == [(step, mean)]
 
 
+def test_cells_that_train_for_themselves_come_to_the_same_look(tmp_path: Path) -> None:
+    """`--no-reuse`, begun between two looks: what is there is repeated, and nothing goes beyond the stop."""
+    study = looked(tmp_path)
+    folder = study_folder(study)
+    with pytest.raises(Interrupted):
+        confirm(study, NOISY, cut_after(7))
+    own = study.model_copy(update={"compute": study.compute.model_copy(update={"reuse": False})})
+    ledger = confirm(own, NOISY)
+    assert look_of(folder).number == STOPS_AT[NOISY]
+    assert seeds_run(ledger) == set(range(8))
+    assert len(ledger.own_trainings) == ARMS * 8
+    size = folder.ledger.stat().st_size
+    confirm(own, NOISY)
+    assert folder.ledger.stat().st_size == size
+
+
 @pytest.mark.slow
 def test_with_ray_it_comes_to_the_same(tmp_path: Path, ray_two: None) -> None:
     """One Ray after another look, in one session, with two workers."""

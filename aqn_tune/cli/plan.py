@@ -145,7 +145,7 @@ def _closing(plan: Plan) -> Iterator[str]:
         yield (
             f"looks     at {', '.join(before)} and {last} seeds, each judged at alpha "
             f"{found.look_alpha:.3g}; the confirmation ends at the first that leaves nothing to decide, so "
-            f"the trainings and the time of its {last} seeds are at most"
+            f"all {last} seeds, which are counted above and below, are the most that it takes"
         )
     where = f"n = {found.replicates}" + (", the last look" if found.looks else "")
     yield (
