@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+from aqn_tune.confirm.declared import locked_declaration
 from aqn_tune.confirm.lock import ConfirmLock, check_code, check_lock, make_lock, read_locks
 from aqn_tune.errors import UserError
 from aqn_tune.evidence.assemble import assemble
 from aqn_tune.evidence.looks import Look
 from aqn_tune.ledger import Ledger
-from aqn_tune.report.loading import locked_declaration
 from aqn_tune.search.record import Recorder
 from aqn_tune.search.work import FixedPacks
 from aqn_tune.study.cells import Cell, Finalist, stage_cells

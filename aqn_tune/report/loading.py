@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from aqn_tune.confirm.declared import locked_declaration, missing_by_lock
 from aqn_tune.confirm.lock import ConfirmLock, LockFile, read_locks
-from aqn_tune.confirm.margins import locked_margins
 from aqn_tune.errors import UserError
 from aqn_tune.evidence.assemble import Evidence, assemble
-from aqn_tune.evidence.declared import Declared, declare
+from aqn_tune.evidence.declared import declare
 from aqn_tune.ledger import Ledger
 from aqn_tune.ledger.broken import broke_off
 from aqn_tune.ledger.rows import (
@@ -19,7 +19,7 @@ from aqn_tune.ledger.rows import (
     SearchRow,
     TrainingRow,
 )
-from aqn_tune.report.availability import missing_by_lock, missing_by_study
+from aqn_tune.report.availability import missing_by_study
 from aqn_tune.report.results import Results, load_study_file
 from aqn_tune.report.text import count
 from aqn_tune.study.cells import NotAvailable
@@ -54,7 +54,7 @@ def load_results(folder: StudyFolder) -> Results:
         declared = declare(study, scenarios, missing, margin=None)
     else:
         missing = missing_by_lock(study, scenarios, lock)
-        declared = _locked(study, scenarios, missing, lock)
+        declared = locked_declaration(study, scenarios, lock)
     evidence = assemble(rows, declared)
     return Results(
         folder=folder,
@@ -77,42 +77,6 @@ def _missing_so_far(
         return missing_by_study(study, scenarios), []
     except UserError as error:
         return (), [f"Which arms cannot exist is not known here: {error}"]
-
-
-def _locked(
-    study: Study,
-    scenarios: Sequence[Scenario],
-    missing: Sequence[NotAvailable],
-    lock: ConfirmLock,
-) -> Declared:
-    """Return what was declared; where the lock and the study differ, the lock holds."""
-    # A search whose clean arm gained nothing has no G to take a margin from.
-    margin = lock.margin if lock.margin is not None and lock.margin > 0 else None
-    declared = declare(study, scenarios, missing, margin=margin)
-    absent = {(one.scenario, one.arm) for one in missing}
-    family = tuple(
-        (scenario.name, arm, reference)
-        for scenario in scenarios
-        for arm, reference in lock.contrasts
-        if not absent & {(scenario.name, arm), (scenario.name, reference)}
-    )
-    return declared.model_copy(
-        update={
-            "family": family,
-            "replicates": lock.replicates,
-            "looks": lock.looks,
-            "generation": lock.generation,
-            "alpha": lock.alpha,
-            "power": lock.power,
-            "margin_rule": lock.rule(),
-            "margins": locked_margins(lock, [one.name for one in scenarios]),
-        }
-    )
-
-
-def locked_declaration(study: Study, scenarios: Sequence[Scenario], lock: ConfirmLock) -> Declared:
-    """Return what a lock declares, in the terms of evidence."""
-    return _locked(study, scenarios, missing_by_lock(study, scenarios, lock), lock)
 
 
 def _check_study(folder: StudyFolder, study: Study, locks: LockFile) -> None:
