@@ -48,6 +48,7 @@ FORBIDDEN = {
         "aqn_tune.training",
         "aqn_tune.injection",
         "aqn_tune.cli",
+        "aqn_tune.report",
     },
     "cluster": {
         "torch",
@@ -115,6 +116,7 @@ def test_a_room_knows_only_what_it_may(room: str) -> None:
         ("training", "def f():\n    import ray.tune"),
         ("search", "from torch import nn"),
         ("report", "from aqn_tune import training"),
+        ("confirm", "from aqn_tune.report.loading import load_results"),
     ],
 )
 def test_a_trespass_would_be_seen(room: str, source: str) -> None:
