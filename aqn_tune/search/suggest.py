@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from aqn_tune.search.history import ConfigRecord
+from aqn_tune.study.distributions import distribution_of
 from aqn_tune.study.seeds import stream_seed
 from aqn_tune.study.space import (
     ChoiceDimension,
-    Dimension,
     FixedDimension,
     FloatDimension,
     Params,
@@ -170,7 +170,7 @@ def frozen_trial(space: SpaceSpec, record: ConfigRecord) -> FrozenTrial:
         state=_state(record),
         value=_value(record),
         params=searched,
-        distributions={name: _distribution(space.dimensions[name]) for name in searched},
+        distributions={name: distribution_of(space.dimensions[name]) for name in searched},
         intermediate_values=_intermediate_values(record),
         user_attrs={"config": record.config},
     )
@@ -192,18 +192,3 @@ def _intermediate_values(record: ConfigRecord) -> dict[int, float]:
         for rung, value in enumerate(record.values)
         if value is not None and math.isfinite(value)
     }
-
-
-def _distribution(dimension: Dimension) -> Any:
-    from optuna.distributions import (
-        CategoricalDistribution,
-        FloatDistribution,
-        IntDistribution,
-    )
-
-    if isinstance(dimension, ChoiceDimension):
-        return CategoricalDistribution(dimension.values)
-    if isinstance(dimension, FixedDimension):
-        raise TypeError("a fixed dimension is not sampled")
-    kind = FloatDistribution if isinstance(dimension, FloatDimension) else IntDistribution
-    return kind(dimension.low, dimension.high, log=dimension.log)
