@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 from fake_ledger import write_fake
+from test_report_search import by_log_sigma, searched
 
+from aqn_tune.report.search_importance import FEWEST
 from aqn_tune.report.write import write_report
 
 BROWSER = next(
@@ -31,6 +33,8 @@ pytestmark = [
 PROBE = """
 <script>%s</script>
 <script>
+// A folded part is a part of the page: nothing is looked at inside one that is closed.
+document.querySelectorAll("details").forEach((one) => { one.open = true; });
 const errors = [];
 addEventListener("error", (event) => errors.push(String(event.message)));
 axe.run(document, {resultTypes: ["violations"]}).then((found) => {
@@ -65,6 +69,13 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(fake.folder).html
 
 
+@pytest.fixture(scope="module")
+def searched_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a search that has enough configs to say which parameters mattered."""
+    results = searched(tmp_path_factory.mktemp("searched"), 2 * FEWEST, by_log_sigma)
+    return write_report(results.folder).html
+
+
 def look(page: Path, tmp_path: Path, width: int, *, dark: bool) -> dict[str, Any]:
     """Return what a probe at the end of the page finds in a window of this width."""
     axe = (files("axe_core_python") / "axe.min.js").read_text(encoding="utf-8")
@@ -90,9 +101,25 @@ def look(page: Path, tmp_path: Path, width: int, *, dark: bool) -> dict[str, Any
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [1440, 390])
-def test_the_page(page: Path, tmp_path: Path, width: int, *, dark: bool) -> None:
-    seen = look(page, tmp_path, width, dark=dark)
+@pytest.mark.parametrize(
+    ("name", "width", "heading"),
+    [
+        ("page", 1440, "Verdicts"),
+        ("page", 390, "The same as a table"),
+        ("searched_page", 390, "What mattered in the search (exploratory)"),
+    ],
+)
+def test_the_page(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    name: str,
+    width: int,
+    heading: str,
+    *,
+    dark: bool,
+) -> None:
+    seen = look(request.getfixturevalue(name), tmp_path, width, dark=dark)
+    assert heading in seen["text"]
     assert (seen["width"], seen["dark"]) == (width, dark)
     assert seen["errors"] == []
     assert seen["wide"] <= width, "no horizontal scroll"

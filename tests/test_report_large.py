@@ -14,6 +14,7 @@ import pytest
 from fake_ledger import Fake, make_study, write_fake
 
 from aqn_tune.ledger.rows import CellRow, SearchRow
+from aqn_tune.report.search_map import MOST_ROWS
 from aqn_tune.report.tensorboard import EVENT_FILE
 from aqn_tune.report.write import ReportPaths, write_report
 from aqn_tune.study.space import Params
@@ -82,9 +83,14 @@ def test_the_page_does_not_grow_with_the_trials(
     assert len(trials(fake)) == 1_000
     small = write_report(write_fake(tmp_path, **SWEEP).folder, tensorboard=False)
     assert paths.html.stat().st_size < PAGE_BYTES
-    assert paths.html.stat().st_size < small.html.stat().st_size + 20_000
+    # The search maps have 16 rows instead of 3, in each of two scenarios.
+    assert paths.html.stat().st_size < small.html.stat().st_size + 30_000
     assert paths.markdown.stat().st_size < small.markdown.stat().st_size + 20_000
     page = paths.markdown.read_text(encoding="utf-8")
+    assert (
+        page.count(f"Not shown: {CONFIGS - MOST_ROWS} further configs")
+        == len(trials(fake)) / CONFIGS
+    )
     assert f"{CONFIGS - 1} finished, 1 stopped" in page
     assert f"1 failed, {CONFIGS - 1} finished" in page
 

@@ -409,7 +409,7 @@ def test_the_page_is_well_formed_and_stands_alone(html: str) -> None:
     assert parser.open == []
     assert not re.search(r"<script|https?://|\bsrc=|@import|url\(", html)
     charts = re.findall(r"<svg.*?</svg>", html, flags=re.S)
-    assert len(charts) == 6
+    assert len(charts) == 6 + 2 * len(DAMAGE), "two kinds of charts, and a search map per scenario"
     for chart in charts:
         ElementTree.fromstring(chart)
 
@@ -516,7 +516,7 @@ def test_the_summary_colours_only_when_asked(results: Results) -> None:
     [
         (
             "aqn_tune.report.write",
-            ("torch", "ray", "scipy", "pandas", "numpy", "pyarrow", "jinja2"),
+            ("torch", "ray", "scipy", "pandas", "numpy", "pyarrow", "jinja2", "optuna"),
         ),
         ("aqn_tune.report.summary", ("torch", "ray", "scipy", "pandas", "numpy", "tensorboard")),
         ("aqn_tune.report.tensorboard", ("torch", "ray", "scipy", "pandas", "tensorboard")),
@@ -536,7 +536,7 @@ def test_writing_a_report_needs_neither_torch_nor_ray(whole: Fake) -> None:
         "from aqn_tune.report.write import verdict_of, write_report\n"
         "from aqn_tune.study.folder import StudyFolder\n"
         f"write_report(StudyFolder(Path({str(whole.folder.root)!r})))\n"
-        "print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
+        "print([m for m in ('torch', 'ray', 'transformers', 'optuna') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

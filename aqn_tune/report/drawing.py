@@ -19,11 +19,14 @@ def path(points: list[tuple[float, float]], css: str) -> str:
     return f'<polyline points="{text}" class="{css}"/>'
 
 
-def box(x: float, y: float, width: float, height: float, css: str) -> str:
-    """Return a filled rectangle."""
+def box(
+    x: float, y: float, width: float, height: float, css: str, opacity: float | None = None
+) -> str:
+    """Return a filled rectangle; `opacity` is that of its fill alone, not of its outline."""
+    fill = "" if opacity is None else f' fill-opacity="{opacity:.2f}"'
     return (
         f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(width, 0):.1f}" height="{max(height, 0):.1f}" '
-        f'class="{css}"/>'
+        f'class="{css}"{fill}/>'
     )
 
 

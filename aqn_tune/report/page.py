@@ -25,6 +25,8 @@ from aqn_tune.report.scenario_tables import (
     scenario_table,
     sweep_label,
 )
+from aqn_tune.report.search_section import DEFINITION as SEARCH_DEFINITION
+from aqn_tune.report.search_section import search_sections
 from aqn_tune.report.table import Mark, Table, escape
 from aqn_tune.report.text import count
 from aqn_tune.report.verdict_tables import (
@@ -164,6 +166,8 @@ def context(results: Results) -> dict[str, Any]:
         "mechanism": mechanism_sections(results),
         "mechanism_definition": DEFINITION,
         "mechanism_caption": CAPTION,
+        "search": search_sections(results),
+        "search_definition": SEARCH_DEFINITION,
         "records": tuple(table for table in records if table is not None),
         "rerun": f"aqn-tune rerun {place} {example}",
         "tensorboard": f"tensorboard --logdir {place}/{results.folder.tensorboard.name}",
