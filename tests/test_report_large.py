@@ -14,8 +14,8 @@ import pytest
 from fake_ledger import Fake, make_study, write_fake
 
 from aqn_tune.ledger.rows import CellRow, SearchRow
+from aqn_tune.report.events import EVENT_FILE
 from aqn_tune.report.search_map import MOST_ROWS
-from aqn_tune.report.tensorboard import EVENT_FILE
 from aqn_tune.report.write import ReportPaths, write_report
 from aqn_tune.study.space import Params
 

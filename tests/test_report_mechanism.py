@@ -21,13 +21,14 @@ from aqn_tune.ledger.rows import (
     MechanismRow,
     SiteActivation,
 )
+from aqn_tune.report.events import EVENT_FILE
 from aqn_tune.report.loading import load_results
 from aqn_tune.report.mechanism import MOST_STEPS, Scene, activation_table, scenes
 from aqn_tune.report.mechanism_events import histogram, mean_profiles, profiles, summary
 from aqn_tune.report.mechanism_figure import mechanism_sections, mechanism_svg
 from aqn_tune.report.page import context, render_html, render_markdown
 from aqn_tune.report.results import Results
-from aqn_tune.report.tensorboard import EVENT_FILE, TensorBoardWriter, rebuild
+from aqn_tune.report.tensorboard import TensorBoardWriter, rebuild
 from aqn_tune.study.folder import StudyFolder
 
 SHARED = {"sweep": {"faults.0.threshold": [0.1, 0.5], "during": ["both", "eval"]}}

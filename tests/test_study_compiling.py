@@ -180,6 +180,26 @@ def test_what_compiling_took_is_measured_apart_and_the_longest_kept(
         assert costs.compile_seconds == pytest.approx(32.0)
 
 
+def test_a_shape_is_expected_to_take_as_long_as_the_longest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first that a worker meets takes most: later ones find a part of the work done."""
+    study = compiled(make_study(tmp_path))
+    monkeypatch.setattr(calibrating, "REFERENCE", tmp_path / "reference.json")
+    rates = [
+        Rate(
+            workload=workload_of(make_setting(study), study.training), pack_size=size, trainings=1,
+            seconds_per_step=0.1, seconds_per_row=0.01, compile_seconds=waited,
+        )
+        for size, waited in ((6, 20.0), (8, 3.0))
+    ]  # fmt: skip
+    calibration = Calibration(machine="a machine", rates=tuple(rates))
+    calibrating.REFERENCE.write_text(calibration.model_dump_json())
+    costs = find_costs(study.output, rates[0].workload, 8)
+    assert costs is not None
+    assert costs.compile_seconds == 20.0
+
+
 def test_the_plan_of_a_compiled_study_waits_for_the_compiler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

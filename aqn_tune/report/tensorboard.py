@@ -5,6 +5,7 @@
     tensorboard/<stage>/<scenario>/<config or arm>                a line of that table
     tensorboard/<stage>/<scenario>/<config or arm>/s<replicate>   curves of one run
     tensorboard/<stage>/<scenario>/<config or arm>/mean           mean over the replicates
+    tensorboard/by_arm/_report                                    pictures and text of the report (`pictures`)
 
 Event files are opened, appended to and closed again: a study has thousands of runs, and a writer
 with a thread for each of them would not do.
@@ -13,9 +14,7 @@ with a thread for each of them would not do.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from aqn_tune.ledger import Ledger
@@ -37,6 +36,7 @@ from aqn_tune.report.custom_scalars import (
     layout_summary,
     tag_of,
 )
+from aqn_tune.report.events import EVENT_FILE, write_events
 from aqn_tune.report.hparams import (
     Status,
     arm_params,
@@ -52,8 +52,6 @@ from aqn_tune.study.folder import StudyFolder
 from aqn_tune.study.schema import Study
 from aqn_tune.study.seeds import Stage
 from aqn_tune.study.space import Params
-
-EVENT_FILE = "events.out.tfevents.0.aqn_tune"
 
 FINAL_TAGS = {
     "loss/faulty": "final/loss_faulty",
@@ -323,7 +321,7 @@ class TensorBoardWriter:
     def _flush(self) -> None:
         pending, self._pending = self._pending, {}
         for run, summaries in pending.items():
-            _write_events(self._root / run / EVENT_FILE, summaries, anew=run not in self._begun)
+            write_events(self._root / run / EVENT_FILE, summaries, anew=run not in self._begun)
             self._begun.add(run)
 
     def _remove_strangers(self) -> None:
@@ -365,23 +363,6 @@ def _measures(row: EvaluationRow) -> Iterator[tuple[str, float]]:
         where = f"{quantizer.format}_{quantizer.operand}/layer{quantizer.layer:02d}"
         if quantizer.sqnr_db is not None:
             yield f"sqnr_db/{where}", quantizer.sqnr_db
-
-
-def _write_events(path: Path, summaries: Sequence[tuple[int, Any]], *, anew: bool) -> None:
-    from tensorboard.compat.proto import event_pb2
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    now = time.time()
-    if anew:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb" if anew else "ab") as file:
-        records = RecordWriter(file)
-        if anew:
-            version = event_pb2.Event(wall_time=now, file_version="brain.Event:2")
-            records.write(version.SerializeToString())
-        for step, summary in summaries:
-            event = event_pb2.Event(wall_time=now, step=step, summary=summary)
-            records.write(event.SerializeToString())
 
 
 def rebuild(folder: StudyFolder, study: Study) -> None:

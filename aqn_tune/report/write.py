@@ -10,6 +10,7 @@ from aqn_tune.report.loading import load_results
 from aqn_tune.report.manifest import read_manifest
 from aqn_tune.report.page import context, render_html, render_markdown
 from aqn_tune.report.parquet import write_parquet
+from aqn_tune.report.pictures import write_pictures
 from aqn_tune.report.results import Results
 from aqn_tune.report.tensorboard import rebuild
 from aqn_tune.report.verdict_file import verdict_content, verdict_json
@@ -40,7 +41,7 @@ def write_report(folder: StudyFolder, *, tensorboard: bool = True) -> ReportPath
     Args:
         folder: holds study.yaml; ledger.jsonl and confirm.lock as far as the study has come.
         tensorboard: make the TensorBoard logs anew as well; leave them to the live writer while
-            the study runs.
+            the study runs, but for the pictures and the text of the report, which have a file of their own.
 
     Raises:
         UserError: no study in the folder, or files of another version.
@@ -48,10 +49,12 @@ def write_report(folder: StudyFolder, *, tensorboard: bool = True) -> ReportPath
     results = load_results(folder)
     values = context(results)
     replace_text(folder.report, render_html(values))
-    replace_text(folder.report_markdown, render_markdown(values))
+    markdown = render_markdown(values)
+    replace_text(folder.report_markdown, markdown)
     write_parquet(results, folder.runs)
     if tensorboard:
         rebuild(folder, results.study)
+    write_pictures(folder.tensorboard, values, markdown)
     if results.makes_claims:
         replace_text(folder.verdict, verdict_json(verdict_content(results, times=_times(results))))
     return ReportPaths(

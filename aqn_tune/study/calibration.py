@@ -175,7 +175,8 @@ def _costs_in(file: Path, where: str, workload: Workload, pack_size: int) -> Cos
         calibration.bytes_per_training,
         calibration.bytes_per_adapter,
         source,
-        rate.compile_seconds,
+        # The first shape takes longest, whichever it was.
+        max(r.compile_seconds for r in rates),
     )
 
 
