@@ -30,23 +30,28 @@ def forest_svg(results: Results, during: During) -> str:
     if not ends:
         return ""
     margins = [one.margin for one in judged if one.margin]
+    of_group = [
+        next((one.margin for one in contrasts if one.margin), None) for _, _, contrasts in groups
+    ]
+    alike = len(set(of_group)) == 1
     knee = min(margins) if margins else max(ends) / 4 or 1.0
     bound = max([*ends, *margins]) * 1.08 or 1.0
     height = TOP + BOTTOM + HEAD * len(groups) + ROW * len(judged)
     x = bent(bound, knee, LEFT, WIDTH - RIGHT)
     floor = height - BOTTOM
     parts = _frame(x, bound, knee, floor, several=len(set(margins)) > 1)
+    parts.append(_shaded(of_group[0] if alike else None))
     top = TOP
-    for label, regime, contrasts in groups:
-        margin = next((one.margin for one in contrasts if one.margin), None)
+    for (label, regime, contrasts), margin in zip(groups, of_group, strict=True):
         bottom = top + HEAD + ROW * len(contrasts)
         if margin:
             left, right = x(-margin), x(margin)
             parts.append(draw.box(left, top, right - left, bottom - top, "margin"))
         parts.append(draw.text(8, top + 18, label, "group"))
         parts.append(draw.text(LEFT - 10, top + 18, regime, f"small {regime}", "end"))
-        shown = f"margin {margin:.3g}" if margin else "no margin"
-        parts.append(draw.text(WIDTH - RIGHT + 16, top + 18, shown, "small faint"))
+        if not (alike and margin):
+            shown = f"margin {margin:.3g}" if margin else "no margin"
+            parts.append(draw.text(WIDTH - RIGHT + 16, top + 18, shown, "small faint"))
         for position, one in enumerate(contrasts):
             parts += _row(one, x, top + HEAD + ROW * (position + 0.5))
         parts.append(draw.line(8, bottom, WIDTH - 8, bottom, "grid"))
@@ -77,8 +82,13 @@ def _frame(x: Scale, bound: float, knee: float, floor: float, *, several: bool) 
     parts.append(
         draw.text(WIDTH - RIGHT, 18, "arm better \N{RIGHTWARDS ARROW}", "small faint", "end")
     )
-    parts.append(draw.text(middle, 18, "shaded: within the margin", "small faint", "middle"))
     return parts
+
+
+def _shaded(margin: float | None) -> str:
+    """Return what the band is, with its number where all scenarios have the same."""
+    words = "shaded: within the margin" + ("" if margin is None else f" of {margin:.3g}")
+    return draw.text((LEFT + WIDTH - RIGHT) / 2, 18, words, "small faint", "middle")
 
 
 def _row(judged: Judged, x: Scale, y: float) -> list[str]:
