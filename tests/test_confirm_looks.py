@@ -183,6 +183,7 @@ def test_it_stops_at_the_first_look_that_leaves_nothing_to_decide(
         assert f"Look {stop} of 3 ({seeds} seeds, judged at alpha 0.0167) was the last" in text
         assert "98.33 % interval" in text
         assert "0.05 (0.0167 at each of 3 looks)" in text
+        assert ("lean away from zero" in text) is (stop < 3), "said where it ended early"
     assert f"look {stop} of 3" in summary_of(results)
     assert study_status(study, folder)["look"]["words"] == look_of(folder).words
     assert not standing(

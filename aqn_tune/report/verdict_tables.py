@@ -26,6 +26,11 @@ from aqn_tune.study.scenario import During
 
 GIVEN_THE_TEST_SET = "Intervals hold over training seeds given this test set."
 
+ENDED_EARLY = (
+    "It ended early: improvements that are found at an early look lean away from zero, and their sd towards "
+    "it. The intervals hold at their level over all confirmations, not over those alone that end early."
+)
+
 MEANING = {
     Verdict.BETTER: "the arm has the smaller loss: Holm p < alpha, interval not within the margin",
     Verdict.WORSE: "the arm has the larger loss, by the same rule",
@@ -146,10 +151,11 @@ def look_text(results: Results) -> str:
         return ""
     looks = ", ".join(str(seeds) for seeds in look.planned)
     words = look.words
-    return (
+    text = (
         f"{words[0].upper()}{words[1:]}. Looks were declared at {looks} seeds, each judged at an equal share "
         f"of alpha {look.whole_alpha:g}; the confirmation ends at the first that leaves nothing to decide."
     )
+    return f"{text} {ENDED_EARLY}" if look.early else text
 
 
 def detectable_text(results: Results) -> str:
