@@ -216,6 +216,7 @@ def print_looks(studies: int) -> None:
                     f"  effect {effect} sd, {family} contrasts, {what:18s}: {one.found.value:.4f} +- "
                     f"{one.found.error:.4f}, {one.seeds:.2f} seeds"
                 )
+    print_early(studies)
 
 
 def main() -> None:
@@ -251,6 +252,61 @@ def main() -> None:
             rate = coverage(n, draw, studies)
             print(f"  {name:10s} n = {n:2d}: {rate.value:.4f} +- {rate.error:.4f}")
     print_looks(studies)
+
+
+class Early(NamedTuple):
+    """What studies of one contrast show that end at their first look, beside all of them."""
+
+    ended: Rate
+    """Studies that end at the first look."""
+    improvement: float
+    """Mean improvement that those show; the truth is `effect`."""
+    sd: float
+    """Mean standard deviation of a paired difference that those show; the truth is 1."""
+    held: Rate
+    """Those whose interval holds the truth."""
+    improvement_of_all: float
+    """Mean improvement that is shown at the end, over all studies."""
+    held_of_all: Rate
+    """Studies whose interval holds the truth at the end."""
+
+
+def early_ends(effect: float, studies: int, *, seed: int = 5) -> Early:
+    """Return what studies of one contrast with normal differences show that end where they may."""
+    level = alpha_at_look(ALPHA, LOOKS)
+    rng = np.random.default_rng(seed)
+    shown: list[tuple[bool, float, float, bool]] = []
+    for _ in range(studies):
+        reference = rng.normal(size=LOOKS[-1])
+        gains = effect + rng.normal(size=LOOKS[-1])
+        for n in LOOKS:
+            own = reference[:n]
+            one = paired_contrast((own - gains[:n]).tolist(), own.tolist(), alpha=level)
+            if all(settled(each) for each in judge({"c": one}, alpha=level, margin=None)):
+                break
+        held = one.low is not None and one.high is not None and one.low <= effect <= one.high
+        shown.append((n == LOOKS[0], one.improvement, one.sd or 0.0, held))
+    first = [each for each in shown if each[0]]
+    return Early(
+        Rate(len(first) / studies, studies),
+        float(np.mean([each[1] for each in first])),
+        float(np.mean([each[2] for each in first])),
+        Rate(float(np.mean([each[3] for each in first])), len(first)),
+        float(np.mean([each[1] for each in shown])),
+        Rate(float(np.mean([each[3] for each in shown])), studies),
+    )
+
+
+def print_early(studies: int) -> None:
+    """Print what is shown by studies that end at their first look."""
+    print(f"one contrast, looks at {LOOKS}: what ends at the first, and all at their end")
+    for effect in (0.5, 1.0, 2.0):
+        one = early_ends(effect, studies)
+        print(
+            f"  effect {effect} sd: {one.ended.value:.4f} +- {one.ended.error:.4f} end, improvement "
+            f"{one.improvement:.3f}, sd {one.sd:.3f}, interval holds {one.held.value:.4f} +- "
+            f"{one.held.error:.4f}; all: {one.improvement_of_all:.3f}, {one.held_of_all.value:.4f}"
+        )
 
 
 if __name__ == "__main__":

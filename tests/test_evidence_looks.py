@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from error_rates import early_ends
 from pydantic import ValidationError
 
 from aqn_tune.evidence import Verdict
@@ -249,3 +251,24 @@ def test_looks_that_are_some() -> None:
     assert spec.looks == LOOKS
     assert ConfirmSpec(looks=()).looks == ()
     assert FEWEST_AT_A_LOOK == FEWEST_SEEDS
+
+
+@pytest.mark.parametrize("effect", ["0.5", "1", "2"])
+def test_what_ends_early_leans_away_from_zero_as_the_documentation_says(effect: str) -> None:
+    """Within three standard errors of the table, which 10,000 studies gave."""
+    docs = (Path(__file__).parents[1] / "docs" / "evidence.md").read_text(encoding="utf-8")
+    (line,) = (line for line in docs.splitlines() if line.startswith(f"| {effect} sd | 0."))
+    ended, shown, held, of_all, held_of_all = (
+        cell.replace(" sd", "").strip() for cell in line.strip("|").split("|")[1:]
+    )
+    improvement, sd = map(float, shown.split(","))
+    truth = float(effect)
+    counted = early_ends(truth, 2000, seed=6)
+    assert counted.ended.value == pytest.approx(float(ended), abs=3 * counted.ended.error + 0.005)
+    assert counted.improvement == pytest.approx(improvement, abs=0.1)
+    assert counted.sd == pytest.approx(sd, abs=0.06)
+    assert counted.held.value == pytest.approx(float(held), abs=3 * counted.held.error)
+    assert counted.improvement_of_all == pytest.approx(float(of_all), abs=0.03)
+    assert counted.held_of_all.value == pytest.approx(float(held_of_all), abs=0.01)
+    assert counted.improvement > truth
+    assert counted.held_of_all.value > 1 - 0.05 / 3 - 0.01
