@@ -184,6 +184,7 @@ def test_it_stops_at_the_first_look_that_leaves_nothing_to_decide(
         assert "98.33 % interval" in text
         assert "0.05 (0.0167 at each of 3 looks)" in text
         assert ("lean away from zero" in text) is (stop < 3), "said where it ended early"
+        assert "more seeds are needed, in a new generation" in text
     assert f"look {stop} of 3" in summary_of(results)
     assert study_status(study, folder)["look"]["words"] == look_of(folder).words
     assert not standing(
@@ -240,6 +241,8 @@ def test_between_looks_the_report_shows_the_look_before(tmp_path: Path) -> None:
     assert "## Not complete yet" in page
     assert "## Verdicts" in page
     assert "inconclusive so far" in page
+    assert "is judged again at the next look" in page
+    assert "more seeds are needed" not in page
     assert "a new generation of" not in page
     assert "<h2>Not complete yet</h2>" in render_html(context(results))
     summary = summary_of(results)

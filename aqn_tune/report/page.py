@@ -161,7 +161,7 @@ def context(results: Results) -> dict[str, Any]:
         "generation": declared.generation,
         "detectable": detectable_text(results),
         "given_the_test_set": GIVEN_THE_TEST_SET,
-        "legend": legend_table(),
+        "legend": legend_table(results),
         "parts": tuple(_part(results, during, found) for during in results.during_values),
         "mechanism": mechanism_sections(results),
         "mechanism_definition": DEFINITION,

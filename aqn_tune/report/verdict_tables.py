@@ -39,14 +39,23 @@ MEANING = {
 }
 
 
+OPEN_BETWEEN_LOOKS = (
+    "nothing can be said so far; the confirmation goes on and is judged again at the next look"
+)
+
+
 def verdict_mark(verdict: Verdict) -> Mark:
     """Return a verdict as its symbol and its word."""
     return Mark(verdict.word, verdict.word, symbol=verdict.value)
 
 
-def legend_table() -> Table:
-    """Return what the four symbols mean."""
-    rows = tuple((verdict_mark(v), MEANING[v]) for v in Verdict)
+def legend_table(results: Results) -> Table:
+    """Return what the four symbols mean, at the end of a confirmation or between two looks of it."""
+    look = results.evidence.look
+    meaning = dict(MEANING)
+    if look is not None and look.goes_on:
+        meaning[Verdict.INCONCLUSIVE] = OPEN_BETWEEN_LOOKS
+    rows = tuple((verdict_mark(v), meaning[v]) for v in Verdict)
     return Table(
         "The four verdicts",
         (Column("verdict", align="left"), Column("meaning", align="left")),
