@@ -341,7 +341,27 @@ CASES: dict[str, tuple[tuple[str, str], str, tuple[str, ...]]] = {
     "kind of margin without a size": (
         ("", ""),
         "confirm.margin=gap",
-        ("confirm.margin", "got 'gap'", "{kind: gap, share: 0.1}"),
+        ("confirm.margin: got 'gap'", "without its size", "such as {kind: gap, share: 0.1}\n"),
+    ),
+    "misspelt kind of margin as a word": (
+        ("", ""),
+        "confirm.margin=gapp",
+        ("got 'gapp'", "a number (share of the gain G)", "did you mean 'gap'?"),
+    ),
+    "share of a margin that is a number": (
+        ("{replicates: 6}", "{replicates: 6, margin: 0.05}"),
+        "confirm.margin.share=0.1",
+        ("confirm.margin is 0.05", "no 'share'", "confirm.margin='{kind: gap, share: 0.1}'\n"),
+    ),
+    "key of a margin that is a word": (
+        ("{replicates: 6}", "{replicates: 6, margin: gap}"),
+        "confirm.margin.share=0.1",
+        ("confirm.margin is 'gap'", "no 'share'", "confirm.margin='{kind: gap}'\n"),
+    ),
+    "key of a number": (
+        ("study: demo\n", "study: demo\ntraining: {steps: 50}\n"),
+        "training.steps.most=50",
+        ("training.steps is 50, which has no 'most'; set training.steps as a whole\n",),
     ),
     "negative margin": (
         ("", ""),

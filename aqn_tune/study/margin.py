@@ -89,6 +89,14 @@ MARGINS: Final[dict[str, type[Spec]]] = {
     "sd": SdMargin,
 }
 
+EXAMPLES: Final = {
+    "gain": "{kind: gain, share: 0.05}",
+    "gap": "{kind: gap, share: 0.1}",
+    "absolute": "{kind: absolute, nats: 0.01}",
+    "sd": "{kind: sd, factor: 1.5}",
+}
+"""How each kind is written in a study."""
+
 Margin = Annotated[GainMargin | GapMargin | AbsoluteMargin | SdMargin, Field(discriminator="kind")]
 """The `confirm.margin` of a study."""
 
@@ -100,10 +108,15 @@ def read_margin(value: Any) -> Any:
     """
     if isinstance(value, dict | Spec):
         return value
+    if isinstance(value, str) and value in EXAMPLES:
+        raise ValueError(
+            f"got {value!r}, a kind of margin without its size; write it as a mapping, such as "
+            f"{EXAMPLES[value]}"
+        )
     if isinstance(value, str) and not _is_number(value):
         raise ValueError(
             f"got {value!r}; allowed: a number (share of the gain G), or a mapping with `kind`: "
-            f"{', '.join(MARGINS)}, such as {{kind: gap, share: 0.1}}{nearest(value, MARGINS)}"
+            f"{', '.join(MARGINS)}, such as {EXAMPLES['gap']}{nearest(value, MARGINS)}"
         )
     return {"kind": "gain", "share": value}
 

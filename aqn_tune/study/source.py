@@ -14,6 +14,9 @@ from aqn_tune.errors import UserError, nearest
 KeyPath = tuple[str | int, ...]
 """Where a value lies in a document: keys and list positions from the root."""
 
+AS_MAPPING = {"confirm.margin": "{kind: gap, share: 0.1}"}
+"""A mapping that may be written in place of a number, by the key that may be either."""
+
 FREE_KEYS = ("sweep",)
 """Mappings whose own keys are dotted, so that a dotted key ends there."""
 
@@ -228,9 +231,12 @@ def _replaced(node: Any, parts: list[str], value: Any, name: str, path: KeyPath)
     if node is None:
         node = {}
     if not isinstance(node, dict):
+        key = dotted(path)
+        # A word stands for the kind of a mapping, a number for none.
+        example = f"{{kind: {node}}}" if isinstance(node, str) else AS_MAPPING.get(key, "")
         raise UserError(
-            f"{name}: {dotted(path)} is {node!r}, which has no {parts[0]!r}; "
-            f"set {dotted(path)} as a whole, for example {dotted(path)}='{{kind: {node}}}'"
+            f"{name}: {key} is {node!r}, which has no {parts[0]!r}; set {key} as a whole"
+            + (f", for example {key}='{example}'" if example else "")
         )
     head, rest = (dotted(parts), []) if path and path[-1] in FREE_KEYS else (parts[0], parts[1:])
     return {**node, head: _replaced(node.get(head), rest, value, name, (*path, head))}
