@@ -23,6 +23,7 @@ from fake_ledger import (
     make_study,
     search_rows,
 )
+from pydantic import ValidationError
 from scipy.stats import t as student
 from synthetic import LAYERS, engine, inline, make_scenarios, make_setting, search_inline
 from synthetic import make_study as synthetic_study
@@ -48,9 +49,17 @@ from aqn_tune.report.verdict_file import verdict_content
 from aqn_tune.search.ranking import finalists
 from aqn_tune.study.cells import Finalist
 from aqn_tune.study.folder import StudyFolder, study_folder, study_hash
-from aqn_tune.study.margin import AbsoluteMargin, GainMargin, GapMargin, Margin, SdMargin
+from aqn_tune.study.margin import (
+    MARGINS,
+    AbsoluteMargin,
+    GainMargin,
+    GapMargin,
+    Margin,
+    SdMargin,
+)
 from aqn_tune.study.plan import make_plan
-from aqn_tune.study.schema import Study
+from aqn_tune.study.schema import ConfirmSpec, Study
+from aqn_tune.study.source import AS_MAPPING, parse_value
 from aqn_tune.study.sweep import resolve_scenarios
 
 MILD, HARSH = "both-threshold0.1", "both-threshold0.2"
@@ -214,6 +223,24 @@ def test_every_other_kind_reads_back_and_is_another_study(
     assert content["confirm"]["margin"] == written
     assert Study.model_validate(content) == study
     assert study_hash(study) != study_hash(declared_study(tmp_path, 0.05))
+
+
+@pytest.mark.parametrize("kind", MARGINS)
+def test_a_kind_alone_is_told_how_it_is_written(kind: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Study.model_validate({**PLAIN, "confirm": {"margin": kind}})
+    (error,) = caught.value.errors()
+    assert "did you mean" not in error["msg"]
+    said = yaml.safe_load(error["msg"].partition("such as ")[2])
+    assert ConfirmSpec.model_validate({"margin": said}).margin.kind == kind
+
+
+def test_what_is_written_in_place_of_a_number_is_a_margin() -> None:
+    for key, said in AS_MAPPING.items():
+        study = parse_value(said, key)
+        for part in reversed(key.split(".")):
+            study = {part: study}
+        assert Study.model_validate({**PLAIN, **study}).confirm.margin == GapMargin(share=0.1)
 
 
 OLD_LOCK = (
@@ -512,7 +539,11 @@ def test_a_margin_changed_in_the_folder_is_refused_by_the_report(tmp_path: Path)
     made.folder.study.write_text(yaml.safe_dump(content))
     with pytest.raises(UserError) as caught:
         made.results()
-    assert "margin: locked kind='gap' share=0.1, now kind='gap' share=0.5" in str(caught.value)
+    locked_and_now = (
+        "margin: locked 10 % of the gap between fault_only and clean, now 50 % of the gap between "
+        "fault_only and clean"
+    )
+    assert locked_and_now in str(caught.value)
 
 
 def test_an_edited_nat_of_a_lock_is_seen(tmp_path: Path) -> None:
@@ -634,6 +665,28 @@ def test_a_page_before_the_lock_has_the_kind_alone(tmp_path: Path) -> None:
     page = render_html(context(made.results()))
     assert "<dd>2 sd of the paired difference</dd>" in page
     assert "equivalent" not in re.sub(r"<style>.*?</style>", "", page, flags=re.S)
+
+
+@pytest.mark.parametrize(
+    ("margin", "searched", "measured", "reason"),
+    [
+        (0.05, True, "search", "the gain G is not known (it is not measured yet)"),
+        (GAP, True, "search", "the gap is not known (it is not measured yet)"),
+        (SD, True, "search", "the sd is not known (it is not measured yet)"),
+        (GAP, False, "confirmation", "the gap is not known (no finite loss of: base, clean, fault_only)"),
+        (ABSOLUTE, True, "declared", ""),
+    ],
+)  # fmt: skip
+def test_before_the_lock_a_margin_is_one_that_is_not_measured_yet(
+    margin: Any, searched: bool, measured: str, reason: str, tmp_path: Path
+) -> None:
+    """The bugs: an sd that the search is said to have missed, a gap that the confirmation would measure."""
+    made = locked(tmp_path, margin, searched=searched)
+    made.folder.lock.unlink()
+    for scenario in verdict_content(made.results())["scenarios"].values():
+        said = scenario["margin"]
+        assert (said["measured"], said["reason"]) == (measured, reason)
+        assert (said["nats"] is None) is bool(reason)
 
 
 @pytest.mark.parametrize(

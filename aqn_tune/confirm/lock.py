@@ -23,7 +23,10 @@ from aqn_tune.study.schema import Study
 from aqn_tune.study.space import Value
 
 LOCK_FORMAT: Final = 2
-"""Raised when a key of the lock file changes its meaning, comes or goes away."""
+"""Raised when a key of the lock file changes its meaning or goes away, or one comes that every lock holds.
+
+A key that is left out at its default raises nothing: locks without it are the same locks, of the same hash.
+"""
 
 
 class LockedFinalist(Spec):

@@ -72,6 +72,20 @@ def _search_gap(tables: Tables, scenario: str, replicates: int) -> tuple[float |
     return gap(losses["clean"], losses["fault_only"]), ""
 
 
+def coming_margins(study: Study, scenarios: Sequence[Scenario]) -> tuple[ScenarioMargin, ...]:
+    """Return the margins of a study before its lock, where the search will have measured them: none yet.
+
+    Empty where nothing has to be measured, or the confirmation itself does it.
+    """
+    rule = study.confirm.margin
+    if isinstance(rule, AbsoluteMargin) or study.search is None or study.search.configs == 0:
+        return ()
+    return tuple(
+        scenario_margin(rule, one.name, None, "search", missing="it is not measured yet")
+        for one in scenarios
+    )
+
+
 def locked_margins(lock: ConfirmLock, scenarios: Iterable[str]) -> tuple[ScenarioMargin, ...]:
     """Return the margin of each scenario that a lock fixes; empty where the confirmation measures it.
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from aqn_tune.confirm.declared import locked_declaration, missing_by_lock
 from aqn_tune.confirm.lock import ConfirmLock, LockFile, read_locks
+from aqn_tune.confirm.margins import coming_margins
 from aqn_tune.errors import UserError
 from aqn_tune.evidence.assemble import Evidence, assemble
 from aqn_tune.evidence.declared import declare
@@ -51,7 +52,9 @@ def load_results(folder: StudyFolder) -> Results:
     gaps: list[str] = []
     if lock is None:
         missing, gaps = _missing_so_far(study, scenarios)
-        declared = declare(study, scenarios, missing, margin=None)
+        declared = declare(study, scenarios, missing, margin=None).model_copy(
+            update={"margins": coming_margins(study, scenarios)}
+        )
     else:
         missing = missing_by_lock(study, scenarios, lock)
         declared = locked_declaration(study, scenarios, lock)
@@ -88,7 +91,7 @@ def _check_study(folder: StudyFolder, study: Study, locks: LockFile) -> None:
             "study hash": (lock.study, study_hash(study)),
             "alpha": (lock.alpha, confirm.alpha),
             "power": (lock.power, confirm.power),
-            "margin": (lock.rule(), confirm.margin),
+            "margin": (lock.rule().words(), confirm.margin.words()),
             "contrasts": (lock.contrasts, study.primary_contrasts()),
         }
         differ = (f"{k}: locked {old}, now {new}" for k, (old, new) in pairs.items() if old != new)
