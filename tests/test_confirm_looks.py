@@ -11,6 +11,7 @@ import pytest
 from synthetic import LAYERS, Behaviour, make_setting, make_study, ray_two
 from synthetic import engine as synthetic_engine
 
+from aqn_tune.cli.app import main
 from aqn_tune.cli.run import write_study
 from aqn_tune.cli.status import study_status
 from aqn_tune.confirm.lock import read_locks
@@ -348,6 +349,50 @@ def test_edited_looks_of_a_lock_are_seen(tmp_path: Path) -> None:
     folder.lock.write_text(json.dumps(content))
     with pytest.raises(UserError, match="a locked value was edited"):
         load_results(folder)
+
+
+def edited(content: dict[str, Any]) -> None:
+    content["generations"][0]["looks"] = [6, 10]
+
+
+def of_format_1(content: dict[str, Any]) -> None:
+    content["format"] = 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(edited, "a locked value was edited"), (of_format_1, "not a lock file (format: ")],
+)
+def test_status_says_what_is_wrong_with_a_lock(
+    tmp_path: Path,
+    change: Callable[[dict[str, Any]], None],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is the command that one asks; the bug was that it refused."""
+    study = looked(tmp_path)
+    folder = study_folder(study)
+    confirm(study, CLEAR)
+    assert study_status(study, folder)["lock_error"] is None
+
+    def shown(*options: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            main(["status", str(folder.root), *options])
+        assert not stopped.value.code
+        return capsys.readouterr().out
+
+    content = json.loads(folder.lock.read_text())
+    change(content)
+    folder.lock.write_text(json.dumps(content))
+    state = json.loads(shown("--json"))
+    assert said in state["lock_error"]
+    assert state["look"] is None
+    lines = shown().splitlines()
+    assert [line for line in lines if line.startswith("lock  ")] == [
+        f"lock    {state['lock_error']}"
+    ]
+    assert not any(line.startswith("looks") for line in lines)
+    assert any(line.startswith("written confirm.lock") for line in lines)
 
 
 def test_without_looks_nothing_is_another(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from aqn_tune.cli.options import Json, Overrides, Target
 from aqn_tune.cli.output import console, duration, print_json, table
 from aqn_tune.cli.targets import find_target
-from aqn_tune.confirm.lock import read_locks
+from aqn_tune.confirm.lock import LockFile, read_locks
+from aqn_tune.errors import UserError
 from aqn_tune.ledger import Ledger
 from aqn_tune.ledger.rows import lockstep_limits, reused_from
 from aqn_tune.study.folder import StudyFolder, study_hash
@@ -64,7 +65,9 @@ def command(target: Target, overrides: Overrides = None, json: Json = False) -> 
             markup=False,
             soft_wrap=True,
         )
-    if state["look"]:
+    if state["lock_error"]:
+        out.print(f"lock    {state['lock_error']}", markup=False, soft_wrap=True)
+    elif state["look"]:
         out.print(f"looks   {state['look']['words']}", markup=False, soft_wrap=True)
     done = [name for name, there in state["written"].items() if there]
     out.print(f"written {', '.join(done) or 'nothing yet'}")
@@ -83,9 +86,15 @@ def study_status(study: Study, folder: StudyFolder) -> dict[str, Any]:
     that came from other studies, by their folder, `repeated` those that were trained again although
     they were recorded; the former are among the trainings, the latter are not. `apart` counts those
     that did not share every forward pass of their pack, by what kept them apart. `look` is where a locked
-    confirmation with declared looks stands, None for any other.
+    confirmation with declared looks stands, None for any other. `lock_error` is why the lock cannot be read,
+    None where it can or where there is none: whoever asks how a study stands is told so, not refused.
     """
     ledger = Ledger(folder.ledger)
+    locks, lock_error = None, None
+    try:
+        locks = read_locks(folder.lock)
+    except UserError as error:
+        lock_error = str(error)
     stopped = _stopped_trainings(ledger)
     trainings = {
         stage: Counter(
@@ -122,7 +131,8 @@ def study_status(study: Study, folder: StudyFolder) -> dict[str, Any]:
         "repeated": ledger.repeated()._asdict(),
         "apart": lockstep_limits(ledger.trainings.values()),
         "failures": failures,
-        "look": _look(study, folder, ledger),
+        "look": None if locks is None else _look(study, ledger, locks),
+        "lock_error": lock_error,
         "written": {
             "confirm.lock": folder.lock.exists(),
             "report.html": folder.report.exists(),
@@ -131,8 +141,8 @@ def study_status(study: Study, folder: StudyFolder) -> dict[str, Any]:
     }
 
 
-def _look(study: Study, folder: StudyFolder, ledger: Ledger) -> dict[str, Any] | None:
-    lock = read_locks(folder.lock).generation(study.confirm.generation)
+def _look(study: Study, ledger: Ledger, locks: LockFile) -> dict[str, Any] | None:
+    lock = locks.generation(study.confirm.generation)
     if lock is None or not lock.looks:
         return None
     from aqn_tune.confirm.standing import look_of
