@@ -78,10 +78,11 @@ class Look:
 
 
 def settled(judged: Judged) -> bool:
-    """Return whether more seeds cannot help a contrast: it is decided, or will never be.
+    """Return whether no more seeds are spent on a contrast: it is decided, or not waited for.
 
-    Never decided is one with a failed seed (it is part of every later look), of two arms that are one and
-    the same training, or without any spread.
+    One with a failed seed (it is part of every later look) is never decided, nor one of two arms that are
+    one and the same training. One without any spread could be: a constant difference may spread at the next
+    seed. It is not waited for, which costs a claim and makes none.
     """
     if judged.verdict is not Verdict.INCONCLUSIVE:
         return True
