@@ -15,9 +15,20 @@ from aqn_tune.study.schema import Study
 NO_FINALIST: Final = "no further config of the search reached the last rung with a finite loss"
 
 
-def locked_declaration(study: Study, scenarios: Sequence[Scenario], lock: ConfirmLock) -> Declared:
-    """Return what was declared; where the lock and the study differ, the lock holds."""
-    missing = missing_by_lock(study, scenarios, lock)
+def locked_declaration(
+    study: Study,
+    scenarios: Sequence[Scenario],
+    lock: ConfirmLock,
+    missing: Sequence[NotAvailable],
+) -> Declared:
+    """Return what was declared; where the lock and the study differ, the lock holds.
+
+    Args:
+        study: the resolved study.
+        scenarios: its scenarios.
+        lock: of the generation.
+        missing: see `missing_by_lock`.
+    """
     # A search whose clean arm gained nothing has no G to take a margin from.
     margin = lock.margin if lock.margin is not None and lock.margin > 0 else None
     declared = declare(study, scenarios, missing, margin=margin)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from aqn_tune.confirm.declared import locked_declaration
+from aqn_tune.confirm.declared import locked_declaration, missing_by_lock
 from aqn_tune.confirm.lock import ConfirmLock, check_code, check_lock, make_lock, read_locks
 from aqn_tune.errors import UserError
 from aqn_tune.evidence.assemble import assemble
@@ -111,7 +111,8 @@ def look_of(
     """Return the look at which a locked generation stands; None where it has no looks."""
     if not held.looks:
         return None
-    return assemble(ledger.rows(), locked_declaration(study, scenarios, held)).look
+    missing = missing_by_lock(study, scenarios, held)
+    return assemble(ledger.rows(), locked_declaration(study, scenarios, held, missing)).look
 
 
 def verdict_written(folder: StudyFolder, held: ConfirmLock) -> bool:

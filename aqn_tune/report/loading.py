@@ -57,7 +57,7 @@ def load_results(folder: StudyFolder) -> Results:
         )
     else:
         missing = missing_by_lock(study, scenarios, lock)
-        declared = locked_declaration(study, scenarios, lock)
+        declared = locked_declaration(study, scenarios, lock, missing)
     evidence = assemble(rows, declared)
     return Results(
         folder=folder,
