@@ -383,6 +383,32 @@ def lost(rows: tuple[LedgerRow, ...]) -> Iterable[LedgerRow]:
     yield last.model_copy(update={"status": "failed", "error": "loss is not finite at step 7"})
 
 
+def lost_clean(rows: tuple[LedgerRow, ...]) -> Iterable[LedgerRow]:
+    """Plant a seed of the clean arm, one run in both scenarios, that failed in the search."""
+    keys = {
+        row.training_key
+        for row in rows
+        if isinstance(row, CellRow) and (row.arm, row.replicate) == ("clean", 1)
+    }
+    last = {row.training_key: row for row in rows if isinstance(row, TrainingRow)}
+    (key,) = keys
+    yield last[key].model_copy(update={"status": "failed", "error": "loss is not finite at step 7"})
+
+
+def test_a_clean_seed_that_failed_in_the_search(tmp_path: Path) -> None:
+    """No G, so that nothing is confirmed; no gap in the scenarios that use it, and the study goes on."""
+    with pytest.raises(UserError, match="seed 1 of the clean arm has no loss"):
+        locked(tmp_path / "gain", 0.05, mend=lost_clean)
+    made = locked(tmp_path / "gap", GAP, mend=lost_clean)
+    _, *lines = margin_lines(made.lock)
+    assert [line.partition(":")[0].strip() for line in lines] == [MILD, HARSH]
+    for line in lines:
+        assert (
+            ": none, so that nothing can be called equivalent: the gap is not known (seed 1 of clean"
+            in line
+        )
+
+
 @pytest.mark.parametrize(
     ("mend", "reason"),
     [
