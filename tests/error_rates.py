@@ -183,24 +183,35 @@ def sequential(
     )
 
 
+def at_the_margin(draw: Draw, studies: int, *, family: int = 1, level: float | None = None) -> Rate:
+    """Return how often `~` is given at any look to effects that are as large as the margin, 1 sd.
+
+    The smallest effects of which `~` is wrong, and so those at which it is given most often.
+    """
+    return sequential(
+        draw, studies, effect=1.0, margin=1.0, family=family, level=level
+    ).any_equivalent
+
+
 def print_looks(studies: int) -> None:
     """Print what looks come to, beside studies of a fixed size."""
+    levels = (("alpha / 3", None), ("Pocock", POCOCK), ("alpha, the mistake", ALPHA))
     print(f"looks at {LOOKS}: any false claim at any of them")
     for name, draw in (("normal", normal), ("t3", heavy)):
         for family in (1, FAMILY):
-            for what, level in (
-                ("alpha / 3", None),
-                ("Pocock", POCOCK),
-                ("alpha, the mistake", ALPHA),
-            ):
+            for what, level in levels:
                 rate = sequential(draw, studies, family=family, level=level).any_claim
                 print(
                     f"  {name:8s} {family} contrasts, {what:20s}: {rate.value:.4f} +- {rate.error:.4f}"
                 )
-    rate = sequential(normal, studies, family=1, effect=2.0, margin=1.0).any_equivalent
-    print(
-        f"  equivalent at a true effect of twice the margin, 1 sd: {rate.value:.4f} +- {rate.error:.4f}"
-    )
+    print("equivalent at any look, at a true effect of the margin itself, 1 sd")
+    for name, draw in (("normal", normal), ("t3", heavy)):
+        for family in (1, FAMILY):
+            for what, level in levels:
+                rate = at_the_margin(draw, studies, family=family, level=level)
+                print(
+                    f"  {name:8s} {family} contrasts, {what:20s}: {rate.value:.4f} +- {rate.error:.4f}"
+                )
     print("power at the look at which the study ended, and its seeds")
     for effect in (1.0, 1.5, 2.0):
         for family in (1, FAMILY):

@@ -11,6 +11,7 @@ from error_rates import (
     FAMILY,
     LOOKS,
     STUDIES,
+    at_the_margin,
     coverage,
     familywise,
     power,
@@ -76,9 +77,18 @@ def test_all_of_alpha_at_every_look_would_claim_too_often(family: int) -> None:
     assert rate.value > ALPHA + 10 * rate.error
 
 
-def test_looks_do_not_call_a_true_effect_of_twice_the_margin_equivalent() -> None:
-    rate = sequential(DRAWS["normal"], STUDIES, family=1, effect=2.0, margin=1.0).any_equivalent
-    assert rate.value <= 0.05
+@pytest.mark.parametrize(("draw", "family"), [("normal", 1), ("normal", FAMILY), ("t3", 1)])
+def test_looks_call_an_effect_of_the_margin_equivalent_no_more_often_than_alpha(
+    draw: str, family: int
+) -> None:
+    rate = at_the_margin(DRAWS[draw], STUDIES, family=family)
+    assert rate.value <= ALPHA + 2 * rate.error
+
+
+def test_all_of_alpha_at_every_look_would_call_the_margin_equivalent_too_often() -> None:
+    """Planted, as above: at twice the margin nothing of it would be seen."""
+    rate = at_the_margin(DRAWS["normal"], STUDIES, level=ALPHA)
+    assert rate.value > ALPHA + 5 * rate.error
 
 
 @pytest.mark.parametrize(
