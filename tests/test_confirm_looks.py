@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from synthetic import LAYERS, Behaviour, make_setting, make_study, ray_two
 from synthetic import engine as synthetic_engine
+from test_report_mechanism import planted
 
 from aqn_tune.cli.app import main
 from aqn_tune.cli.run import write_study
@@ -22,9 +24,11 @@ from aqn_tune.errors import Interrupted, UserError
 from aqn_tune.evidence.looks import Look
 from aqn_tune.evidence.power import mde_sd_units
 from aqn_tune.ledger import Ledger
+from aqn_tune.ledger.rows import MechanismRow
 from aqn_tune.report.comparison import Named, compare
 from aqn_tune.report.export import export_tables
 from aqn_tune.report.loading import load_results
+from aqn_tune.report.mechanism import scenes
 from aqn_tune.report.page import context, render_html, render_markdown
 from aqn_tune.report.parquet import run_lines
 from aqn_tune.report.summary import summary_of
@@ -254,6 +258,31 @@ def test_between_looks_the_report_shows_the_look_before(tmp_path: Path) -> None:
     arms = (Named(folder.root, arm=arm) for arm in ("targeted", "fault_only"))
     (pair,) = compare(*arms, confounded=True)
     assert (pair.n, pair.verdict) == (6, None), "nothing of the look that is under way"
+
+
+def test_gradients_are_shown_of_the_seeds_of_the_look_before(tmp_path: Path) -> None:
+    """Planted: observations of the seventh seed, which two arms have and one has not."""
+    study = looked(tmp_path)
+    folder = study_folder(study)
+    with pytest.raises(Interrupted):
+        confirm(study, NOISY, cut_after(7))
+    ledger = Ledger(folder.ledger)
+    ran = [
+        cell
+        for cell in ledger.cells.values()
+        if cell.training_key in ledger.trainings and (cell.arm, cell.replicate) != ("targeted", 6)
+    ]
+    seen = Counter(cell.arm for cell in ran)
+    assert seen == {"clean": 7, "fault_only": 7, "targeted": 6}
+    ledger.append(
+        [
+            MechanismRow(training_key=cell.training_key, **planted(cell.arm, 0, cell.replicate))
+            for cell in ran
+        ]
+    )
+    (scene,) = scenes(load_results(folder))
+    assert {key: len(rows) for key, rows in scene.rows.items()} == {(arm, 0): 6 for arm in seen}
+    assert scene.stage == "confirm"
 
 
 def test_a_broken_run_of_a_look_holds_up_the_next_one(tmp_path: Path) -> None:

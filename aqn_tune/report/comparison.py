@@ -348,13 +348,11 @@ def _paired(
 
 
 def _cells(side: Side, replicate: int | None) -> list[CellResult]:
-    generation = _generation(side.results, side.stage)
-    place = (side.stage, side.scenario.name, side.arm)
-    count = side.results.tables.replicates(*place, generation=generation)
-    look = side.results.evidence.look
-    if look is not None and side.stage == "confirm":
-        count = min(count, look.seeds)  # nothing of a look that is under way
-    cells = side.results.tables.cells(*place, replicates=count, generation=generation)
+    results, stage = side.results, side.stage
+    where = (side.scenario.name, side.arm)
+    count = sum((cell.scenario, cell.arm) == where for cell in results.stage_cells(stage))
+    generation = _generation(results, stage)
+    cells = results.tables.cells(stage, *where, replicates=count, generation=generation)
     if replicate is not None and replicate >= count:
         raise UserError(f"{side.name}: got replicate {replicate}; allowed are 0 to {count - 1}")
     return [cell for cell in cells if replicate is None or cell.replicate == replicate]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from aqn_tune.ledger.rows import Activation, CellRow, MechanismRow, SiteActivation
+from aqn_tune.ledger.rows import Activation, MechanismRow, SiteActivation
 from aqn_tune.report.curve import drawn_arms
 from aqn_tune.report.results import Results
 from aqn_tune.report.scenario_tables import DURING, sweep_label
@@ -114,7 +114,7 @@ def scenes(results: Results) -> tuple[Scene, ...]:
     """
     stage: Stage = "confirm"
     seen = {key for key, _ in results.mechanism}
-    if not any(cell.training_key in seen for cell in _cells(results, stage)):
+    if not any(cell.training_key in seen for cell in results.stage_cells(stage)):
         stage = "search"
     groups: dict[tuple[tuple[str, tuple[str, ...]], ...], list[Scenario]] = {}
     for scenario in results.scenarios:
@@ -126,17 +126,10 @@ def scenes(results: Results) -> tuple[Scene, ...]:
     )
 
 
-def _cells(results: Results, stage: Stage) -> tuple[CellRow, ...]:
-    generation = results.study.confirm.generation if stage == "confirm" else 0
-    return tuple(
-        cell for cell in results.cells if (cell.stage, cell.generation) == (stage, generation)
-    )
-
-
 def _keys(results: Results, stage: Stage, scenario: Scenario) -> dict[str, tuple[str, ...]]:
     """Return the trainings of the arms that are drawn, in the order of their styles."""
     found: dict[str, list[str]] = {}
-    for cell in _cells(results, stage):
+    for cell in results.stage_cells(stage):
         if cell.scenario == scenario.name:
             found.setdefault(cell.arm, []).append(cell.training_key)
     return {name: tuple(found[name]) for name in _styles(results, scenario) if name in found}

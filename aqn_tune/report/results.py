@@ -27,6 +27,7 @@ from aqn_tune.study.cells import NotAvailable
 from aqn_tune.study.folder import StudyFolder
 from aqn_tune.study.scenario import During, Scenario
 from aqn_tune.study.schema import Study
+from aqn_tune.study.seeds import Stage
 
 
 class FailedRun(NamedTuple):
@@ -94,6 +95,22 @@ class Results:
                 key = (row.stage, row.generation, row.scenario, row.arm, row.replicate)
                 found[key] = row
         return tuple(found.values())
+
+    def stage_cells(self, stage: Stage) -> tuple[CellRow, ...]:
+        """Return the cells of the search, or those that the numbers of the confirmation rest on.
+
+        These are of its generation, and where looks are declared of the seeds of the look at which it stands:
+        those of a look that is under way are not the same for every arm, and none of its contrasts has them.
+        """
+        if stage == "search":
+            return tuple(cell for cell in self.cells if cell.stage == stage)
+        generation, look = self.evidence.declared.generation, self.evidence.look
+        return tuple(
+            cell
+            for cell in self.cells
+            if (cell.stage, cell.generation) == (stage, generation)
+            and (look is None or cell.replicate < look.seeds)
+        )
 
     @cached_property
     def trainings(self) -> dict[str, TrainingRow]:

@@ -75,16 +75,7 @@ def _look(look: Look) -> dict[str, Any]:
 
 
 def _seeds(results: Results) -> list[int]:
-    generation = results.evidence.declared.generation
-    look = results.evidence.look
-    found = {
-        cell.replicate: cell.seed
-        for cell in results.cells
-        if cell.stage == "confirm"
-        and cell.generation == generation
-        # Those of a look that is under way belong to none of the numbers here.
-        and (look is None or cell.replicate < look.seeds)
-    }
+    found = {cell.replicate: cell.seed for cell in results.stage_cells("confirm")}
     return [found[replicate] for replicate in sorted(found)]
 
 
