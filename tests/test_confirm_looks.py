@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -137,6 +138,13 @@ def look_of(folder: StudyFolder) -> Look:
     return look
 
 
+def contrast_lines(folder: StudyFolder, target: Path) -> list[dict[str, str]]:
+    """Return the lines of `contrasts.csv`."""
+    export_tables(folder, target)
+    with (target / "contrasts.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 @pytest.mark.parametrize("noise", STOPS_AT)
 def test_it_stops_at_the_first_look_that_leaves_nothing_to_decide(
     tmp_path: Path, noise: float
@@ -253,8 +261,11 @@ def test_between_looks_the_report_shows_the_look_before(tmp_path: Path) -> None:
     summary = summary_of(results)
     assert "Not complete yet:" in summary
     assert "1 primary contrast: " in summary
-    exported = {one.path.name: one.lines for one in export_tables(folder, tmp_path / "out")}
-    assert exported["contrasts.csv"] == 1
+    (line,) = contrast_lines(folder, tmp_path / "out")
+    assert (line["look"], line["looks"], line["complete"]) == ("1", "3", "False")
+    assert (float(line["alpha"]), line["seeds_needed"]) == (pytest.approx(0.05 / 3), "")
+    (scenario,) = verdict_content(results)["scenarios"].values()
+    assert scenario["contrasts"]["targeted-vs-fault_only"]["seeds_needed"] is None, "as on the page"
     arms = (Named(folder.root, arm=arm) for arm in ("targeted", "fault_only"))
     (pair,) = compare(*arms, confounded=True)
     assert (pair.n, pair.verdict) == (6, None), "nothing of the look that is under way"
@@ -283,6 +294,28 @@ def test_gradients_are_shown_of_the_seeds_of_the_look_before(tmp_path: Path) -> 
     (scene,) = scenes(load_results(folder))
     assert {key: len(rows) for key, rows in scene.rows.items()} == {(arm, 0): 6 for arm in seen}
     assert scene.stage == "confirm"
+
+
+@pytest.mark.parametrize(
+    ("noise", "looks", "expected"),
+    [
+        (CLEAR, LOOKS, ("1", "3", 0.05 / 3, "")),
+        (0.6, LOOKS, ("3", "3", 0.05 / 3, "seeds")),
+        (0.6, (), ("", "", 0.05, "seeds")),
+    ],
+)
+def test_the_table_of_contrasts_says_at_which_level_they_were_judged(
+    tmp_path: Path, noise: float, looks: tuple[int, ...], expected: tuple[Any, ...]
+) -> None:
+    study = looked(tmp_path, looks=looks)
+    folder = study_folder(study)
+    confirm(study, noise)
+    (line,) = contrast_lines(folder, tmp_path / "out")
+    look, of, alpha, needed = expected
+    assert (line["look"], line["looks"], line["complete"]) == (look, of, "True")
+    assert float(line["alpha"]) == pytest.approx(alpha)
+    assert bool(line["seeds_needed"]) is bool(needed)
+    assert (float(line["holm_p"]) < float(line["alpha"])) is (line["verdict"] == ">")
 
 
 def test_a_broken_run_of_a_look_holds_up_the_next_one(tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ def export_tables(folder: StudyFolder, target: Path) -> tuple[Exported, ...]:
 
     runs.csv       what `runs.parquet` holds (see `aqn_tune.report.parquet.COLUMNS`)
     arms.csv       one line per scenario and arm: losses and exact match, recovery
-    contrasts.csv  one line per declared contrast, none before there are verdicts
+    contrasts.csv  one line per declared contrast, none before there are verdicts; the look that it was judged
+                   at, the level, and whether that is the end
     configs.csv    one line per config of the search: parameters, last rung and value
 
     Works at any time; files that are there are replaced one by one. Numbers that do not exist are empty,
@@ -84,6 +85,13 @@ def _arms(content: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _contrasts(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     lines = []
+    look = content["look"]
+    judged = {
+        "look": look and look["number"],
+        "looks": look and len(look["planned"]),
+        "alpha": look["alpha"] if look else content["alpha"],
+        "complete": content["complete"],
+    }
     for scenario, found in content["scenarios"].items():
         for name, one in found["contrasts"].items():
             arm, _, reference = name.partition("-vs-")
@@ -101,6 +109,7 @@ def _contrasts(content: Mapping[str, Any]) -> list[dict[str, Any]]:
                     "margin_measured": margin["measured"],
                     "margin_reason": margin["reason"],
                     "notes": notes,
+                    **judged,
                 }
             )
     return lines

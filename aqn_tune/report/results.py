@@ -11,7 +11,9 @@ from typing import NamedTuple
 from aqn_tune.errors import UserError
 from aqn_tune.evidence.arms import ArmEvidence
 from aqn_tune.evidence.assemble import Evidence, ScenarioEvidence
+from aqn_tune.evidence.looks import settled
 from aqn_tune.evidence.tables import CellResult, Tables
+from aqn_tune.evidence.verdicts import Judged
 from aqn_tune.ledger.ledger import NOTHING_REPEATED, Repeated
 from aqn_tune.ledger.rows import (
     CellRow,
@@ -85,6 +87,14 @@ class Results:
         """Whether verdicts are given: the final ones, or those of a declared look with more to come."""
         look = self.evidence.look
         return self.makes_claims or (look is not None and look.goes_on)
+
+    def left_to_the_next_look(self, judged: Judged) -> bool:
+        """Return whether a contrast is open at a look that has another one after it.
+
+        How large a new generation has to be for it is no question while this one goes on.
+        """
+        look = self.evidence.look
+        return look is not None and look.goes_on and not settled(judged)
 
     @cached_property
     def cells(self) -> tuple[CellRow, ...]:

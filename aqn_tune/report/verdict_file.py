@@ -24,8 +24,8 @@ def verdict_content(results: Results, *, times: dict[str, Any] | None = None) ->
     Everything but `times` follows from the study, the lock and the ledger. Before the confirmation
     is complete `complete` is false, `missing` says why, and there are no contrasts and decisions but those of
     a declared look that left some of them open. Where looks are declared, `n` and every level but `alpha`
-    are those of the look. Numbers that do not exist are null; losses are in nats per answer token, shares in
-    0..1.
+    are those of the look, and a contrast that the next look may decide has no `seeds_needed`. Numbers that do
+    not exist are null; losses are in nats per answer token, shares in 0..1.
     """
     evidence, declared, look = results.evidence, results.evidence.declared, results.evidence.look
     rule = declared.margin_rule
@@ -106,7 +106,9 @@ def _scenario(results: Results, evidence: ScenarioEvidence) -> dict[str, Any]:
         ],
         "arms": {arm.arm: _arm(results, arm) for arm in evidence.arms},
         "contrasts": {
-            one.name.rpartition("/")[2]: _contrast(one) for one in evidence.contrasts if claims
+            one.name.rpartition("/")[2]: _contrast(results, one)
+            for one in evidence.contrasts
+            if claims
         },
         "decision": evidence.decision.say if evidence.decision and claims else None,
     }
@@ -137,7 +139,7 @@ def _arm(results: Results, arm: ArmEvidence) -> dict[str, Any]:
     }
 
 
-def _contrast(judged: Judged) -> dict[str, Any]:
+def _contrast(results: Results, judged: Judged) -> dict[str, Any]:
     one = judged.contrast
     content: dict[str, Any] = {
         "verdict": judged.verdict.value,
@@ -147,7 +149,7 @@ def _contrast(judged: Judged) -> dict[str, Any]:
         "holm_p": judged.holm_p,
         "family_low": judged.low,
         "family_high": judged.high,
-        "seeds_needed": judged.seeds_needed,
+        "seeds_needed": None if results.left_to_the_next_look(judged) else judged.seeds_needed,
         "reason": judged.reason,
     }
     if one is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from statistics import median
 
-from aqn_tune.evidence.looks import settled
 from aqn_tune.evidence.verdicts import Judged, Verdict
 from aqn_tune.report.margins import margin_notes
 from aqn_tune.report.results import Results
@@ -86,8 +85,6 @@ def contrasts_table(results: Results, during: During) -> Table:
         Column("pairing gain"),
         Column("wins / ties / losses"),
     )
-    look = results.evidence.look
-    goes_on = look is not None and look.goes_on
     rows: list[tuple[Cell, ...]] = []
     notes: list[str] = []
     for scenario, evidence in results.evidence_of(during):
@@ -95,7 +92,7 @@ def contrasts_table(results: Results, during: During) -> Table:
             head = (sweep_label(scenario), contrast_label(judged))
             rows.append((*head, *_contrast_cells(judged)))
             label = f"{sweep_label(scenario)}, {contrast_label(judged)}"
-            notes += _notes(label, judged, goes_on=goes_on)
+            notes += _notes(label, judged, goes_on=results.left_to_the_next_look(judged))
     explained = (
         "Improvement = loss of the reference - loss of the arm: positive means that the arm is "
         "better. The second interval is the one that the margin is held to "
@@ -132,8 +129,7 @@ def _contrast_cells(judged: Judged) -> tuple[Cell, ...]:
 def _notes(label: str, judged: Judged, *, goes_on: bool) -> list[str]:
     notes = list(judged.contrast.notes) if judged.contrast else []
     if judged.verdict is Verdict.INCONCLUSIVE:
-        # How large a new generation has to be is no question while this one goes on.
-        words = "inconclusive so far" if goes_on and not settled(judged) else judged.words
+        words = "inconclusive so far" if goes_on else judged.words
         notes.insert(0, f"{judged.verdict.value} {words}")
     return [f"{label}: {note}." for note in dict.fromkeys(notes)]
 
