@@ -138,6 +138,22 @@ CASES: dict[str, tuple[tuple[str, str], str, tuple[str, ...]]] = {
         "",
         ("demo.yaml:18", "confirm.looks.0", "got 'six'", "a whole number"),
     ),
+    "looks without contrasts": (
+        ("replicates: 6", "replicates: 8, looks: [6, 8], contrasts: []"),
+        "",
+        (
+            "demo.yaml:18",
+            "confirm.looks",
+            "got [6, 8]",
+            "confirm.contrasts has no contrast",
+            "leave out the looks and all 8 seeds are run",
+        ),
+    ),
+    "looks and no arm of a contrast": (
+        ("replicates: 6", "finalists: 0, replicates: 8, looks: [6, 8]"),
+        "controls.include=[clean, fault_only]",
+        ("demo.yaml:18", "confirm.looks", "no contrast whose arms this study has"),
+    ),
     "unknown dimension": (
         ("window_centre", "window_center"),
         "",

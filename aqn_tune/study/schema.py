@@ -254,6 +254,17 @@ class Study(Spec):
         return self
 
     @model_validator(mode="after")
+    def _looks_decide_something(self) -> Study:
+        # With nothing to decide the first look would be the last, and the other seeds never run.
+        if self.confirm.looks and not self.primary_contrasts():
+            raise ValueError(
+                f"confirm.looks: got {list(self.confirm.looks)}, and confirm.contrasts has no contrast whose "
+                "arms this study has: there is nothing that a look could decide; declare a contrast, or "
+                f"leave out the looks and all {self.confirm.replicates} seeds are run"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _observed_steps_exist(self) -> Study:
         self.observed_steps()
         return self
