@@ -748,21 +748,23 @@ def test_a_plan_says_which_margin_and_who_measures_it(
             assert "caution   confirm.margin" not in shown
 
 
+@pytest.mark.parametrize(("looks", "alpha"), [((), 0.05), ((6, 8), 0.025)])
 @pytest.mark.parametrize(("factor", "warned"), [(0.999, True), (1.001, False)])
 def test_an_sd_that_the_interval_does_not_fit_into_is_warned_of(
-    factor: float, warned: bool, tmp_path: Path
+    factor: float, warned: bool, looks: tuple[int, ...], alpha: float, tmp_path: Path
 ) -> None:
     """Just above half the interval pairs without a difference are equivalent, just below they are not."""
-    study = declared_study(tmp_path, SD)
+    study = declared_study(tmp_path, SD, looks=looks)
     half = make_plan(study).detectable.half_interval
     family = 2 * len(study.primary_contrasts())
-    assert half == pytest.approx(student.ppf(1 - 0.05 / family, 7) / math.sqrt(8), rel=1e-6)
-    cautions = make_plan(declared_study(tmp_path, {"kind": "sd", "factor": factor * half})).cautions
+    assert half == pytest.approx(student.ppf(1 - alpha / family, 7) / math.sqrt(8), rel=1e-6)
+    margin = {"kind": "sd", "factor": factor * half}
+    cautions = make_plan(declared_study(tmp_path, margin, looks=looks)).cautions
     assert any(text.startswith("confirm.margin: ") for text in cautions) is warned
     pairs = [1.0, -1.0, 2.0, -2.0, 0.5, -0.5, 0.1, -0.1]
     contrast = paired_contrast(pairs, [0.0] * 8)
     contrasts = {f"c{i}": contrast for i in range(family)}
-    (judged, *_) = judge(contrasts, margin=factor * half * stdev(pairs))
+    (judged, *_) = judge(contrasts, alpha=alpha, margin=factor * half * stdev(pairs))
     assert (judged.verdict is Verdict.EQUIVALENT) is not warned
 
 
