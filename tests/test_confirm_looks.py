@@ -7,11 +7,13 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 from synthetic import LAYERS, Behaviour, make_setting, make_study, ray_two
 from synthetic import engine as synthetic_engine
+from test_evidence_looks import EQUAL, Planted, found
 from test_report_mechanism import planted
 
 from aqn_tune.cli.app import main
@@ -23,6 +25,7 @@ from aqn_tune.confirm.runner import run_confirm
 from aqn_tune.confirm.standing import standing
 from aqn_tune.errors import Interrupted, UserError
 from aqn_tune.evidence.looks import Look
+from aqn_tune.evidence.margins import ScenarioMargin
 from aqn_tune.evidence.power import mde_sd_units
 from aqn_tune.ledger import Ledger
 from aqn_tune.ledger.rows import MechanismRow
@@ -40,6 +43,7 @@ from aqn_tune.search.work import Work
 from aqn_tune.study.engine import Engine
 from aqn_tune.study.folder import StudyFolder, study_folder
 from aqn_tune.study.keys import content_hash
+from aqn_tune.study.margin import GapMargin
 from aqn_tune.study.runs import Setting
 from aqn_tune.study.schema import Study
 from aqn_tune.study.sweep import resolve_scenarios
@@ -316,6 +320,49 @@ def test_the_table_of_contrasts_says_at_which_level_they_were_judged(
     assert float(line["alpha"]) == pytest.approx(alpha)
     assert bool(line["seeds_needed"]) is bool(needed)
     assert (float(line["holm_p"]) < float(line["alpha"])) is (line["verdict"] == ">")
+
+
+@pytest.mark.parametrize(
+    ("nats", "reason", "number", "shown"),
+    [(0.05, "", 1, "~"), (None, "the fault costs nothing", 3, "?")],
+)
+def test_without_a_margin_in_the_lock_equal_arms_run_to_the_last_look(
+    nats: float | None, reason: str, number: int, shown: str
+) -> None:
+    """`~` is out of reach then, and every look leaves the contrast open."""
+    margin = ScenarioMargin(scenario="both", nats=nats, measured="search", reason=reason)
+    held = {"margin": None, "margin_rule": GapMargin(share=0.1), "margins": (margin,)}
+    for reached, seeds in enumerate((6, 9, 12)[:number], start=1):
+        evidence = found(Planted({"a": EQUAL}, seeds), **held)
+        assert evidence.look is not None
+        assert (evidence.look.number, evidence.look.over) == (reached, reached == number)
+        ((judged,),) = (one.contrasts for one in evidence.scenarios)
+        assert (judged.verdict.value, judged.margin) == (shown, nats)
+
+
+@pytest.mark.parametrize("kind", ["gap", "absolute"])
+def test_between_looks_a_margin_is_that_of_the_look(tmp_path: Path, kind: str) -> None:
+    """A gap without a search is measured on the seeds that are judged, and the page says where."""
+    rule = {"kind": "gap", "share": 0.1} if kind == "gap" else {"kind": "absolute", "nats": 0.02}
+    study = looked(tmp_path, margin=rule)
+    folder = study_folder(study)
+    with pytest.raises(Interrupted):
+        confirm(study, NOISY, cut_after(7))
+    results = load_results(folder)
+    assert max(seeds_run(Ledger(folder.ledger))) >= 6, "the second look has begun"
+    (scenario,) = verdict_content(results)["scenarios"].values()
+    margin = scenario["margin"]
+    arms = scenario["arms"]
+    gap = fmean(arms["fault_only"]["losses"]) - arms["clean"]["clean_loss"]
+    assert len(arms["fault_only"]["losses"]) == 6
+    assert margin["nats"] == pytest.approx(0.1 * gap if kind == "gap" else 0.02)
+    assert margin["basis"] == (pytest.approx(gap) if kind == "gap" else None)
+    page = render_markdown(context(results)).replace("\\", "")
+    assert "inconclusive so far" in page
+    said = "nats/token in the confirmation)." if kind == "gap" else "nats/token, as declared."
+    assert said in page
+    (line,) = contrast_lines(folder, tmp_path / "out")
+    assert float(line["margin"]) == margin["nats"]
 
 
 def test_a_broken_run_of_a_look_holds_up_the_next_one(tmp_path: Path) -> None:
