@@ -197,6 +197,12 @@ def test_the_share_of_alpha_decides() -> None:
     assert look_of(evidence).goes_on
 
 
+def test_a_study_none_of_whose_contrasts_can_exist_gets_all_of_its_seeds() -> None:
+    """Its arms are known to be missing only after the search; `all` of nothing ended it at the first look."""
+    assert look_of(found(Planted({"a": BETTER}, 6), family=())).goes_on
+    assert look_of(found(Planted({"a": BETTER}, 12), family=())).number == 3
+
+
 def test_without_looks_there_is_none() -> None:
     evidence = found(Planted({"a": BETTER, "b": OPEN}), looks=())
     assert evidence.look is None
