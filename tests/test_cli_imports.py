@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("torch", "ray", "transformers", "peft", "scipy", "pandas", "optuna", "numpy", "pyarrow",
-         "tensorboard", "huggingface_hub", "tokenizers")  # fmt: skip
+HEAVY = ("PIL", "resvg_py", "torch", "ray", "transformers", "peft", "scipy", "pandas", "optuna",
+         "numpy", "pyarrow", "tensorboard", "huggingface_hub", "tokenizers")  # fmt: skip
 STUDY = """\
 study: demo
 scenario:

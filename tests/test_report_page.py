@@ -240,7 +240,13 @@ def test_a_thousand_failures_do_not_bury_the_page(
 ) -> None:
     """The failures of the confirmation come last in the ledger and first in the table."""
     failed = [
-        FailedRun("search", (f"search/a/config{n:04}/0",), f"k{n}", 7, f"not finite {n % 2}")
+        FailedRun(
+            "search",
+            (f"search/a/config{n:04}/0",),
+            f"k{n}",
+            n,
+            f"{'loss' if n % 2 else 'norm'} is nan at step {n}",
+        )
         for n in range(count - 2)
     ]
     failed += [FailedRun("confirm", (f"confirm/a/global/{n}",), f"c{n}", 7, "end") for n in (0, 1)]
@@ -256,8 +262,8 @@ def test_a_thousand_failures_do_not_bury_the_page(
     said = [one for one in table.notes if "not shown" in one]
     assert len(said) == (note is not None)
     if note is not None:
-        assert said[0].startswith(f"{note}; runs.parquet has all 1,000.")
-        assert said[0].endswith("499 times: not finite 0; 499 times: not finite 1; 2 times: end.")
+        assert said[0].startswith(f"{note}; runs.parquet has a line for each of their cells.")
+        assert said[0].endswith("499 times: norm is nan; 499 times: loss is nan; 2 times: end.")
 
 
 def test_inconclusive_is_never_printed_as_equivalent(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.util import img_mime_type_detector
 
+from aqn_tune.errors import UserError
 from aqn_tune.report import pictures as drawn
 from aqn_tune.report.loading import load_results
 from aqn_tune.report.page import context
@@ -128,6 +130,21 @@ def test_the_text_is_the_report(fake: Fake) -> None:
     assert not re.search(r"\\[<~|]", shown)
     assert len(shown.splitlines()) == len(markdown.splitlines())
     assert "Holm p &lt; alpha" in shown
+
+
+@pytest.mark.parametrize("missing", ["resvg_py", "PIL"])
+def test_a_machine_that_cannot_draw_has_all_else(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ended a finished study in a traceback, before verdict.json was written."""
+    fake = write_fake(tmp_path, **TWO)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(
+        UserError, match=r"no pictures of the report, which is written: .*pip install"
+    ):
+        write_report(fake.folder)
+    for path in (fake.folder.report, fake.folder.runs, fake.folder.verdict):
+        assert path.exists()
 
 
 def test_logs_that_are_made_anew_keep_no_pictures_of_before(tmp_path: Path) -> None:

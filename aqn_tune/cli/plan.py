@@ -173,6 +173,6 @@ def _compiled(found: Compiled) -> str:
     choice = "pays here" if found.pays else "does not pay here"
     return (
         f"compile   training.compile {choice}: about {duration(found.compiled_seconds)}, of which compiling "
-        f"takes {duration(found.compile_seconds)} with an empty cache, against "
+        f"takes {duration(found.compile_seconds)} or less, against "
         f"{duration(found.plain_seconds)} without; {found.source}"
     )

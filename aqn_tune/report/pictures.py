@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from aqn_tune.errors import UserError
 from aqn_tune.report.custom_scalars import folder_of
 from aqn_tune.report.events import EVENT_FILE, write_events
 
@@ -48,13 +49,21 @@ def write_pictures(folder: Path, values: Mapping[str, Any], markdown: str) -> No
         folder: root of the study's logs.
         values: see `aqn_tune.report.page.context`.
         markdown: the report as Markdown.
+
+    Raises UserError where a picture cannot be drawn here: resvg-py is missing, or Pillow has no FreeType.
     """
     summaries = [(0, _text(markdown))]
-    with tempfile.TemporaryDirectory() as name:
-        font = _font(Path(name))
-        sheet = _style_sheet()
-        for one in pictures(values):
-            summaries.append((0, _image(one, _png(one.svg, sheet, font))))
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            font = _font(Path(name))
+            sheet = _style_sheet()
+            for one in pictures(values):
+                summaries.append((0, _image(one, _png(one.svg, sheet, font))))
+    except ImportError as error:
+        raise UserError(
+            f"TensorBoard gets no pictures of the report, which is written: {error}; install what is "
+            "missing (pip install resvg-py pillow) and run aqn-tune report again"
+        ) from error
     write_events(events_file(folder), summaries, anew=True)
 
 
@@ -91,9 +100,9 @@ def _font(folder: Path) -> Path:
     """Write the font that Pillow brings: pictures then look alike everywhere, also where there is none."""
     from PIL import ImageFont
 
+    # Of a size it is a FreeType font, or an ImportError where Pillow was built without.
     font = ImageFont.load_default(13)
-    if not isinstance(font, ImageFont.FreeTypeFont):
-        raise RuntimeError("Pillow was built without FreeType; install the one from PyPI")
+    assert isinstance(font, ImageFont.FreeTypeFont)
     path = folder / "font.ttf"
     path.write_bytes(font.font_bytes)
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -81,11 +82,12 @@ def _further(failed: Sequence[FailedRun]) -> Iterator[str]:
     """Yield how many runs are not shown, by what ended them, and where all are."""
     if len(failed) <= SHOWN_FAILED:
         return
-    reasons = Counter(run.error for run in failed)
+    # The same failure at another step is the same failure.
+    reasons = Counter(re.sub(r" at step \d+", "", run.error) for run in failed)
     most = "; ".join(f"{n:,} times: {error}" for error, n in reasons.most_common(3))
     yield (
-        f"{len(failed) - SHOWN_FAILED:,} more are not shown; runs.parquet has all {len(failed):,}. What "
-        f"ended most of them: {most}."
+        f"{len(failed) - SHOWN_FAILED:,} more are not shown; runs.parquet has a line for each of their "
+        f"cells. What ended most of them: {most}."
     )
 
 

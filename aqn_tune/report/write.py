@@ -44,7 +44,8 @@ def write_report(folder: StudyFolder, *, tensorboard: bool = True) -> ReportPath
             the study runs, but for the pictures and the text of the report, which have a file of their own.
 
     Raises:
-        UserError: no study in the folder, or files of another version.
+        UserError: no study in the folder, or files of another version; see also `write_pictures`, which
+            comes when all else is written.
     """
     results = load_results(folder)
     values = context(results)
@@ -54,9 +55,10 @@ def write_report(folder: StudyFolder, *, tensorboard: bool = True) -> ReportPath
     write_parquet(results, folder.runs)
     if tensorboard:
         rebuild(folder, results.study)
-    write_pictures(folder.tensorboard, values, markdown)
     if results.makes_claims:
         replace_text(folder.verdict, verdict_json(verdict_content(results, times=_times(results))))
+    # Last: they need more of a machine than the rest, which is what counts.
+    write_pictures(folder.tensorboard, values, markdown)
     return ReportPaths(
         html=folder.report,
         markdown=folder.report_markdown,

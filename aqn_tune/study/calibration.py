@@ -6,7 +6,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,8 +55,8 @@ class Rate(Spec):
         0.0,
         ge=0,
         exclude_if=lambda seconds: not seconds,
-        description="Seconds that a pack waited for its compiled layers, the longest measured: with "
-        "nothing in the cache. Not part of the seconds per step.",
+        description="Seconds that a pack waited for its compiled layers, the longest that was measured here. "
+        "Not part of the seconds per step.",
     )
 
 
@@ -148,11 +148,25 @@ def find_costs(output: str, workload: Workload, pack_size: int) -> Costs | None:
 def find_both_costs(
     output: str, one: Workload, other: Workload, pack_size: int
 ) -> tuple[Costs, Costs] | None:
-    """Return the expected costs of two workloads, None where no machine has measured both."""
+    """Return the expected costs of two workloads, None where they were never measured side by side.
+
+    That is on one machine, in packs of one size; of several sizes the nearest is taken. Packs of different
+    sizes differ by what lockstep gains, not by what tells the workloads apart.
+    """
     for file, where in _sources(output):
-        first, second = (_costs_in(file, where, each, pack_size) for each in (one, other))
-        if first is not None and second is not None:
-            return first, second
+        calibration = read_calibration(file)
+        if calibration is None:
+            continue
+        sizes = [
+            {rate.pack_size for rate in calibration.rates if rate.workload == each}
+            for each in (one, other)
+        ]
+        both = sizes[0] & sizes[1]
+        if both:
+            size = min(both, key=lambda each: abs(math.log(each / pack_size)))
+            found = [_costs_in(file, where, each, pack_size, among={size}) for each in (one, other)]
+            if found[0] is not None and found[1] is not None:
+                return found[0], found[1]
     return None
 
 
@@ -160,12 +174,16 @@ def _sources(output: str) -> tuple[tuple[Path, str], ...]:
     return (calibration_file(output), "here"), (REFERENCE, "on another machine")
 
 
-def _costs_in(file: Path, where: str, workload: Workload, pack_size: int) -> Costs | None:
+def _costs_in(
+    file: Path, where: str, workload: Workload, pack_size: int, among: Collection[int] | None = None
+) -> Costs | None:
+    """Return the costs at the pack size nearest to `pack_size`, of all that were measured or of `among`."""
     calibration = read_calibration(file)
     rates = [r for r in calibration.rates if r.workload == workload] if calibration else []
-    if calibration is None or not rates:
+    allowed = [r for r in rates if among is None or r.pack_size in among]
+    if calibration is None or not allowed:
         return None
-    rate = min(rates, key=lambda r: abs(math.log(r.pack_size / pack_size)))
+    rate = min(allowed, key=lambda r: abs(math.log(r.pack_size / pack_size)))
     source = f"measured {where} ({calibration.machine})"
     if rate.pack_size != pack_size:
         source += f", at {rate.pack_size} replicates per trial in place of {pack_size}"

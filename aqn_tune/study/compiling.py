@@ -8,7 +8,7 @@ from typing import NamedTuple
 from aqn_tune.errors import UserError
 from aqn_tune.study.calibration import Costs, find_both_costs, workload_of
 from aqn_tune.study.checks import check_compile
-from aqn_tune.study.effort import Work
+from aqn_tune.study.effort import Work, seconds_of
 from aqn_tune.study.packing import pack_size
 from aqn_tune.study.runs import Setting
 from aqn_tune.study.scenario import Scenario
@@ -20,9 +20,9 @@ class Compiled(NamedTuple):
 
     plain_seconds: float
     compiled_seconds: float
-    """With what compiling takes, and with nothing in the cache."""
+    """With what compiling takes."""
     compile_seconds: float
-    """What of it is compiling."""
+    """What of it is compiling, where it takes as long as it ever did."""
     source: str
     """Where the rates come from."""
 
@@ -52,9 +52,9 @@ def compare_compiled(
         works: of its stages.
         workers: trials at a time.
 
-    Limits: None where compiling is refused for this study, and where a machine has measured one of the
-    two ways alone: the rates of two machines are not compared. A study that varies rank or batch
-    size has more shapes than are counted here.
+    Limits: None where compiling is refused for this study, and where no machine has measured both ways in
+    packs of one size: the rates of two machines or two sizes are not compared. A study that varies rank
+    or batch size has more shapes than are counted here.
     """
     plain, compiled = (
         study.model_copy(
@@ -74,29 +74,26 @@ def compare_compiled(
         workload_of(setting, compiled.training),
         pack_size(study),
     )
-    if costs is None:
+    # One that was recorded before compiling was counted apart holds it in its steps.
+    if costs is None or not costs[1].compile_seconds:
         return None
     compiling = compile_wait(study, costs[1])
     # What is evaluated is not compiled: two rates of it would differ by the error of measuring.
     faster = costs[1]._replace(seconds_per_row=costs[0].seconds_per_row)
     return Compiled(
-        plain_seconds=_busy(works, costs[0]) / workers,
-        compiled_seconds=_busy(works, faster) / workers + compiling,
+        plain_seconds=seconds_of(works, costs[0], workers),
+        compiled_seconds=seconds_of(works, faster, workers) + compiling,
         compile_seconds=compiling,
         source=costs[1].source,
     )
 
 
 def compile_wait(study: Study, costs: Costs) -> float:
-    """Return the seconds that a study waits for compiled layers, with nothing in the cache.
+    """Return the seconds that a study waits for compiled layers, where they take as long as they ever did.
 
     All workers wait for a shape: they start on it at about the same time.
     """
     return _shapes(study) * costs.compile_seconds
-
-
-def _busy(works: Sequence[Work], costs: Costs) -> float:
-    return sum(w.steps * costs.seconds_per_step + w.rows * costs.seconds_per_row for w in works)
 
 
 def _shapes(study: Study) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aqn_tune.search.rungs import rung_steps
+from aqn_tune.study.calibration import Costs
 from aqn_tune.study.cells import ArmCells
 from aqn_tune.study.packing import jobs_of
 from aqn_tune.study.scenario import Scenario
@@ -36,6 +37,16 @@ class Work:
 
 
 NOTHING = Work(0, 0, 0, 0)
+
+
+OVERHEAD_SECONDS = 20.0
+"""Time to start Ray and its workers and to write the report, added to an estimate."""
+
+
+def seconds_of(works: Sequence[Work], costs: Costs, workers: int) -> float:
+    """Return how long stages take on so many workers at a time."""
+    busy = sum(w.steps * costs.seconds_per_step + w.rows * costs.seconds_per_row for w in works)
+    return busy / workers + OVERHEAD_SECONDS
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from aqn_tune.errors import UserError
 from aqn_tune.search.cluster import worker_count
 from aqn_tune.search.rungs import rung_steps
 from aqn_tune.study.arms import ArmSpec
-from aqn_tune.study.calibration import Costs, find_costs, workload_of
+from aqn_tune.study.calibration import find_costs, workload_of
 from aqn_tune.study.cautions import study_cautions
 from aqn_tune.study.cells import NotAvailable, named_arms, resolve_run, stage_cells
 from aqn_tune.study.compiling import Compiled, compare_compiled, compile_wait
 from aqn_tune.study.describe import arm_text, device_text, fault_text, quantizer_text
 from aqn_tune.study.describe import ranges as ranges
 from aqn_tune.study.detectable import detectable_effect, t_quantile
-from aqn_tune.study.effort import StagePlan, Work, confirm_plan, search_plan
+from aqn_tune.study.effort import StagePlan, confirm_plan, search_plan, seconds_of
 from aqn_tune.study.folder import study_folder, study_hash
 from aqn_tune.study.loading import layer_count, make_setting, resolve_scenarios
 from aqn_tune.study.looks import alpha_at_look
@@ -27,10 +27,6 @@ from aqn_tune.study.packing import pack_size
 from aqn_tune.study.runs import Run, Setting
 from aqn_tune.study.scenario import Scenario
 from aqn_tune.study.schema import Study
-
-OVERHEAD_SECONDS = 20.0
-"""Time to start Ray and its workers and to write the report, added to an estimate."""
-
 
 MOST_STAGES = 12
 """Stretches of one sigma that a schedule is spelled out in; one with more is summed up."""
@@ -320,15 +316,10 @@ def _estimate(
     expected = [stage.expected for stage in stages]
     return Estimate(
         source=source,
-        seconds=_seconds(expected, costs, workers) + compiling,
-        most_seconds=_seconds([stage.most for stage in stages], costs, workers) + compiling,
+        seconds=seconds_of(expected, costs, workers) + compiling,
+        most_seconds=seconds_of([stage.most for stage in stages], costs, workers) + compiling,
         bytes=disk,
         compiled=compare_compiled(
             study, setting, resolve_scenarios(study), expected, workers=workers
         ),
     )
-
-
-def _seconds(works: Sequence[Work], costs: Costs, workers: int) -> float:
-    busy = sum(w.steps * costs.seconds_per_step + w.rows * costs.seconds_per_row for w in works)
-    return busy / workers + OVERHEAD_SECONDS

@@ -61,8 +61,8 @@ class TorchPack:
         self._keys = [run.training_key(setting) for run in pack.runs]
         self._rung = 0
         self._reported_step = 0
-        self._begun: float | None = None
-        """When the group under way was tried first."""
+        self._begun: tuple[float, float] | None = None
+        """When the group under way was tried first, and how long this process had compiled by then."""
         self._device = _device(setting)
         self._check_rows()
         self._groups = Groups(pack.runs, self._open, self._fitting())
@@ -112,8 +112,9 @@ class TorchPack:
 
     def _to_rung(self, group: Group) -> RungReport:
         """Take a group to the next rung and report it."""
-        begun = self._begun = time.perf_counter() if self._begun is None else self._begun
-        compiled = compile_seconds()
+        if self._begun is None:
+            self._begun = time.perf_counter(), compile_seconds()
+        begun, compiled_before = self._begun
         step, member = self._pack.rungs[self._rung], group.pack
         keys = self._keys[group.first : group.first + len(member.runs)]
         member.train_to(step)
@@ -124,7 +125,7 @@ class TorchPack:
             if replica not in member.failures
         }
         trained = time.perf_counter()
-        compiled = compile_seconds() - compiled
+        compiled = compile_seconds() - compiled_before
         before = member.weights_hash()
         evaluations = self._evaluate(member)
         evaluated = time.perf_counter()
