@@ -6,7 +6,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,6 +80,8 @@ class Costs(NamedTuple):
     bytes_per_training: float | None
     bytes_per_adapter: float | None
     source: str
+    pack_size: int
+    """That of the rate."""
     compile_seconds: float = 0.0
     """Of one shape of pack; see `Rate`."""
 
@@ -150,23 +152,13 @@ def find_both_costs(
 ) -> tuple[Costs, Costs] | None:
     """Return the expected costs of two workloads, None where they were never measured side by side.
 
-    That is on one machine, in packs of one size; of several sizes the nearest is taken. Packs of different
-    sizes differ by what lockstep gains, not by what tells the workloads apart.
+    That is on one machine, with the same pack size as the nearest: packs of different sizes differ by what
+    lockstep gains, not by what tells the workloads apart.
     """
     for file, where in _sources(output):
-        calibration = read_calibration(file)
-        if calibration is None:
-            continue
-        sizes = [
-            {rate.pack_size for rate in calibration.rates if rate.workload == each}
-            for each in (one, other)
-        ]
-        both = sizes[0] & sizes[1]
-        if both:
-            size = min(both, key=lambda each: abs(math.log(each / pack_size)))
-            found = [_costs_in(file, where, each, pack_size, among={size}) for each in (one, other)]
-            if found[0] is not None and found[1] is not None:
-                return found[0], found[1]
+        first, second = (_costs_in(file, where, each, pack_size) for each in (one, other))
+        if first is not None and second is not None and first.pack_size == second.pack_size:
+            return first, second
     return None
 
 
@@ -174,16 +166,12 @@ def _sources(output: str) -> tuple[tuple[Path, str], ...]:
     return (calibration_file(output), "here"), (REFERENCE, "on another machine")
 
 
-def _costs_in(
-    file: Path, where: str, workload: Workload, pack_size: int, among: Collection[int] | None = None
-) -> Costs | None:
-    """Return the costs at the pack size nearest to `pack_size`, of all that were measured or of `among`."""
+def _costs_in(file: Path, where: str, workload: Workload, pack_size: int) -> Costs | None:
     calibration = read_calibration(file)
     rates = [r for r in calibration.rates if r.workload == workload] if calibration else []
-    allowed = [r for r in rates if among is None or r.pack_size in among]
-    if calibration is None or not allowed:
+    if calibration is None or not rates:
         return None
-    rate = min(allowed, key=lambda r: abs(math.log(r.pack_size / pack_size)))
+    rate = min(rates, key=lambda r: abs(math.log(r.pack_size / pack_size)))
     source = f"measured {where} ({calibration.machine})"
     if rate.pack_size != pack_size:
         source += f", at {rate.pack_size} replicates per trial in place of {pack_size}"
@@ -193,6 +181,7 @@ def _costs_in(
         calibration.bytes_per_training,
         calibration.bytes_per_adapter,
         source,
+        rate.pack_size,
         # The first shape takes longest, whichever it was.
         max(r.compile_seconds for r in rates),
     )
