@@ -29,6 +29,7 @@ from aqn_tune.report.search_figure import (
     RIGHT,
     ROW,
     TOP,
+    search_svg,
     shades_of,
 )
 from aqn_tune.report.search_importance import FEWEST, SHUFFLES, importance
@@ -258,6 +259,27 @@ def test_finalists_and_controls_are_marked(results: Results) -> None:
     assert {line.attrib["x1"] == line.attrib["x2"] for line in lines} == {True, False}
     assert section.table.rows[1][0] == "c000 (finalist1)"
     assert [row[1] for row in section.table.rows[4:]] == ["control, finished"] * 5
+
+
+def test_a_standard_error_does_not_leave_the_axis(tmp_path: Path) -> None:
+    """Found: a row behind the limit of the axis, and still on it, had a whisker through its number."""
+    seeds = (
+        (0.13, 0.131, 0.132), (0.132, 0.135, 0.14), (0.135, 0.14, 0.15),
+        (0.14, 0.15, 0.16), (0.13, 0.14, 0.30), (0.135, 0.14, 0.415),
+    )  # fmt: skip
+    asked = [Asked(drawn(random.Random(n)), [0.9, 0.8, fmean(one)]) for n, one in enumerate(seeds)]
+    (one,) = search_maps(planted(tmp_path, NUMBERS, asked))
+    rows = tuple(
+        row._replace(error=stdev(own) / math.sqrt(3))
+        for row, own in zip(one.rows, seeds, strict=True)
+    )
+    picture = ElementTree.fromstring(search_svg(one._replace(rows=rows), shades_of([one]), "map"))
+    whiskers = [n for n in picture.iter("line") if n.attrib["class"] == "whisker"]
+    assert len(whiskers) == 6
+    assert all(AXIS <= float(n.attrib["x1"]) <= float(n.attrib["x2"]) <= RIGHT for n in whiskers)
+    assert float(whiskers[-1].attrib["x2"]) == RIGHT
+    assert len(list(picture.iter("polyline"))) == 1, "it says that it goes on"
+    assert any("(>: beyond)" in said for said in texts(picture))
 
 
 def test_without_a_confirmation_nobody_is_a_finalist(tmp_path: Path) -> None:

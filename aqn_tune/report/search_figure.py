@@ -128,7 +128,7 @@ def _loss_axis(loss: Scale | None, rows: Sequence[MapRow], floor: float) -> list
         taken = x
     parts.append(draw.line(AXIS, floor, RIGHT, floor, "axis"))
     words = "mean \N{PLUS-MINUS SIGN} standard error"
-    if any(_is_beyond(row, loss) for row in rows):
+    if any(_goes_on(row, loss) for row in rows):
         words += " (>: beyond)"
     parts.append(draw.text(middle, floor + 34, words, "label", "middle"))
     return parts
@@ -136,6 +136,11 @@ def _loss_axis(loss: Scale | None, rows: Sequence[MapRow], floor: float) -> list
 
 def _is_beyond(row: MapRow, loss: Scale) -> bool:
     return row.loss is not None and row.loss > loss.high
+
+
+def _goes_on(row: MapRow, loss: Scale) -> bool:
+    """Return whether a row, or its standard error, reaches past the right end of the axis."""
+    return row.loss is not None and row.loss + (row.error or 0.0) > loss.high
 
 
 def _layer_axis(count: int, fault_layers: Sequence[int], layers: Scale, floor: float) -> list[str]:
@@ -194,11 +199,14 @@ def _outcome(row: MapRow, y: float, place: _Place) -> list[str]:
         css = "small halo failed" if row.state == "failed" else "small halo soft"
         return [draw.text(AXIS + 4, y + 4, state_text(row, place.rungs), css)]
     parts = [draw.text(WIDTH - 8, y + 4, loss_text(row), "small", "end")]
+    if _goes_on(row, place.loss):
+        parts.append(draw.path([(RIGHT - 6, y - 4), (RIGHT, y), (RIGHT - 6, y + 4)], "curve"))
     if _is_beyond(row, place.loss):
-        return [draw.path([(RIGHT - 6, y - 4), (RIGHT, y), (RIGHT - 6, y + 4)], "curve"), *parts]
+        return parts
     if row.error:
-        ends = place.loss(loss - row.error), place.loss(loss + row.error)
-        parts.append(draw.line(ends[0], y, ends[1], y, "whisker"))
+        # The axis is not made for the rows far behind: their errors may be longer than it.
+        ends = max(loss - row.error, place.loss.low), min(loss + row.error, place.loss.high)
+        parts.append(draw.line(place.loss(ends[0]), y, place.loss(ends[1]), y, "whisker"))
     shape, size = (3, 4.5) if row.finalist else (0, 3.6)
     parts.append(draw.marker(place.loss(loss), y, size, shape, "mean"))
     return parts
