@@ -149,7 +149,7 @@ def test_the_winner_stands_at_the_top_with_its_layers_shaded(results: Results) -
     loss = number(maps[0].rows[0].value)
     assert "4 configs: 3 finished, 1 stopped" in spoken
     assert re.search(
-        rf"Best first: c003, loss {loss} ± 0\.\d{{4}}, noise layers 19-21, 0\.08;", spoken
+        rf"Best first: c003, loss {loss} ± 0\.\d{{4}}, noise layers 19-21, sigma 0\.08;", spoken
     )
     assert first.table.rows[0][4] == "layers 19-21, 0.08"
     assert first.summary.startswith(f"best of 4 configs: c003, loss {loss}")
@@ -347,6 +347,39 @@ def test_the_largest_noise_of_each_layer(
 )
 def test_noise_in_words(levels: tuple[float, ...] | None, text: str) -> None:
     assert noise_text(levels) == text
+
+
+@pytest.mark.parametrize(
+    ("carrier", "relative", "said"),
+    [
+        ("hidden", None, "hidden"),
+        ("rmsnorm_weight", False, "rmsnorm_weight"),
+        ("rmsnorm_weight", True, "rmsnorm_weight, relative"),
+        ("linear_weight", True, "linear_weight, relative"),
+    ],
+)
+def test_sigma_is_said_to_be_what_the_carrier_makes_of_it(
+    tmp_path: Path, carrier: str, relative: bool | None, said: str
+) -> None:
+    """Found: relative and absolute noise had one name, and both the name standard deviation."""
+    values = ["hidden", "linear_weight", "rmsnorm_weight"]
+    dimensions: dict[str, Any] = {"carrier": {"kind": "choice", "values": values}}
+    params: dict[str, Any] = {"carrier": carrier}
+    if relative is not None:
+        when = {"carrier": [carrier]}
+        dimensions["carrier_relative"] = {"kind": "choice", "values": [False, True], "when": when}
+        params["carrier_relative"] = relative
+    asked = [Asked(params, [0.9, 0.8, 0.3]), Asked({"carrier": "hidden"}, [0.9, 0.8, 0.4])]
+    results = planted(tmp_path, dimensions, asked)
+    (section,) = search_sections(results)
+    column = [one.label for one in section.table.columns].index("carrier")
+    assert section.table.rows[0][column] == said
+    assert (said in texts(figure(section))) is (carrier != "hidden")
+    for page in (render_html(context(results)), render_markdown(context(results))):
+        assert "as a share of the value it is added to" in page
+        assert "largest sigma" in page
+        assert "Equal shades are equal sigmas" in page
+    assert "standard deviation" not in section.figure
 
 
 def test_of_many_configs_the_best_are_shown_and_the_others_counted(tmp_path: Path) -> None:

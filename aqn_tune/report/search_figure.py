@@ -15,7 +15,7 @@ from aqn_tune.report.search_map import MapRow, ScenarioMap, loss_text, state_tex
 from aqn_tune.report.sigma_picture import SigmaMap
 
 WIDTH = 900.0
-LEFT, MIDDLE = 302.0, 582.0
+LEFT, MIDDLE = 340.0, 582.0
 """Where the layers begin and end."""
 AXIS, RIGHT = 598.0, 772.0
 """Where the axis of the loss begins and ends."""
@@ -28,6 +28,8 @@ APART = 34.0
 REACH = 6.0
 """Distances between the best and the middle of the finished rows that the axis of the loss is long at most: a
 config that went wrong must not press all others into one place."""
+SHADES = 240.0
+"""Where the scale in the legend begins."""
 STRIPES = 24
 """Steps of the scale in the legend."""
 
@@ -43,7 +45,7 @@ class _Place(NamedTuple):
 
 
 def shades_of(maps: Sequence[ScenarioMap]) -> SigmaMap:
-    """Return the scale of the noise that all pictures of a page share: equal shades are equal noise."""
+    """Return the scale of the noise that all pictures of a page share: equal shades are equal sigmas."""
     return SigmaMap(
         tuple(row.levels for one in maps for row in (*one.rows, *one.controls) if row.levels)
     )
@@ -70,7 +72,7 @@ def search_svg(one: ScenarioMap, shades: SigmaMap, title: str) -> str:
     )
     parts = [
         draw.text(22, 16, "config", "label"),
-        draw.text(LEFT - 10, 16, "largest sd", "label", "end"),
+        draw.text(LEFT - 10, 16, "largest sigma", "label", "end"),
         draw.text((LEFT + MIDDLE) / 2, 16, "noise of each decoder layer", "label", "middle"),
         draw.box(LEFT, TOP, MIDDLE - LEFT, floor - TOP, "panel"),
         *_loss_axis(place.loss, rows, floor),
@@ -213,8 +215,8 @@ def _outcome(row: MapRow, y: float, place: _Place) -> list[str]:
 
 
 def _scale_legend(shades: SigmaMap, y: float) -> list[str]:
-    parts = [draw.text(22, y + 11, "largest standard deviation of the noise", "label")]
-    x = LEFT
+    parts = [draw.text(22, y + 11, "largest sigma of the noise", "label")]
+    x = SHADES
     if shades.low == shades.high:
         words = f"{shades.high:.3g}" if shades.high else "no noise anywhere"
         if shades.high:

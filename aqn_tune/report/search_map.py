@@ -33,9 +33,9 @@ class MapRow(NamedTuple):
     finalist: str
     """Its arm in the confirmation; empty where it has none."""
     carrier: str
-    """What carries the noise; empty without noise."""
+    """What carries the noise, and whether relative to its values; empty without noise."""
     levels: tuple[float, ...] | None
-    """Largest standard deviation of the noise over the steps, by decoder layer; None where unknown."""
+    """Largest sigma of the noise over the steps, by decoder layer; None where unknown."""
     params: Mapping[str, Value]
     """What the search chose; empty for an arm."""
     value: float | None
@@ -121,7 +121,7 @@ def _scenario_map(
                 name=one.config,
                 state=one.state,
                 finalist=finalists.get(one.config, ""),
-                carrier=arm.noise.carrier.kind if arm.noise else "",
+                carrier=_carrier(arm),
                 levels=_levels(results.study, scenario, arm, layers),
                 params=one.params,
                 value=one.value,
@@ -180,7 +180,7 @@ def _controls(
                 name=name,
                 state="failed" if any(cell.failed for cell in cells) else state,
                 finalist="",
-                carrier=arm.noise.carrier.kind if arm.noise else "",
+                carrier=_carrier(arm),
                 levels=_levels(results.study, scenario, arm, layers),
                 params={},
                 value=spread(losses).mean,
@@ -189,6 +189,14 @@ def _controls(
             )
         )
     return tuple(rows)
+
+
+def _carrier(arm: ArmSpec) -> str:
+    if arm.noise is None:
+        return ""
+    carrier = arm.noise.carrier
+    # `hidden` has no such choice: its noise is always relative.
+    return f"{carrier.kind}, relative" if getattr(carrier, "relative", False) else carrier.kind
 
 
 def _losses(results: Results, scenario: Scenario, config: str, seeds: int) -> list[float | None]:
@@ -221,7 +229,7 @@ def _levels(
 def largest_noise(
     arm: ArmSpec, *, steps: int, layer_count: int, fault_layers: tuple[int, ...]
 ) -> tuple[float, ...]:
-    """Return the largest standard deviation that each layer's noise has at any step, 0 without noise.
+    """Return the largest sigma that each layer's noise has at any step, 0 without noise.
 
     With a schedule that begins at sigma_start and a targeting that stays the same, that is
     sigma_start * multiplier. Raises UserError for a policy that injects nothing there.
@@ -243,8 +251,11 @@ def largest_noise(
     )
 
 
-def noise_text(levels: tuple[float, ...] | None) -> str:
-    """Return where the noise is and how much: `layers 11-13, 0.08`; `none` without, `n/a` if unknown."""
+def noise_text(levels: tuple[float, ...] | None, word: str = "") -> str:
+    """Return where the noise is and how much: `layers 11-13, 0.08`; `none` without, `n/a` if unknown.
+
+    `word` stands before the numbers, where no heading says what they are.
+    """
     if levels is None:
         return NONE
     noised = [layer for layer, level in enumerate(levels) if level > 0]
@@ -254,7 +265,7 @@ def noise_text(levels: tuple[float, ...] | None) -> str:
     where = f"layer{'' if len(noised) == 1 else 's'} {ranges(noised)}"
     if len(noised) == len(levels):
         where = f"all {len(levels)} layers"
-    return f"{where}, {high if low == high else f'{low} to {high}'}"
+    return f"{where}, {word}{high if low == high else f'{low} to {high}'}"
 
 
 def loss_text(row: MapRow) -> str:

@@ -21,14 +21,16 @@ from aqn_tune.report.table import Cell, Column, Table
 from aqn_tune.report.text import NONE, PLUS_MINUS, count
 from aqn_tune.report.verdict_tables import params_text
 
+SIGMA = "sigma "
 READ_ALOUD = 3
 """Configs that the text of a picture names; the table beside it has all rows."""
 
 DEFINITION = (
-    "Each row is a config: how much noise each decoder layer gets at most over the steps, and the loss "
-    "that the config came to on the search seeds, the same seeds for every row. Finished configs come "
-    "first, the best at the top, then stopped ones by the rung that they reached. Equal shades are equal "
-    "standard deviations in every picture; that of one carrier is not that of another. Exploration: the "
+    "Each row is a config: the largest sigma of each decoder layer over the steps, and the loss that the "
+    "config came to on the search seeds, the same seeds for every row. Finished configs come "
+    "first, the best at the top, then stopped ones by the rung that they reached. Sigma: the standard "
+    "deviation of the noise, for `hidden` and relative noise as a share of the value it is added to. Equal "
+    "shades are equal sigmas in every picture; that of one carrier is not that of another. Exploration: the "
     "numbers of the best are flattered by having been picked, and no claim rests on them."
 )
 
@@ -87,7 +89,7 @@ def map_text(one: ScenarioMap) -> str:
 
 def _aloud(row: MapRow) -> str:
     loss = row.state if row.loss is None else f"loss {loss_text(row)}"
-    return f"{_name(row)}, {loss}, noise {noise_text(row.levels)}"
+    return f"{_name(row)}, {loss}, noise {noise_text(row.levels, SIGMA)}"
 
 
 def _name(row: MapRow) -> str:
@@ -99,7 +101,8 @@ def _summary(one: ScenarioMap) -> str:
     best = next((row for row in one.rows if row.loss is not None), None)
     if best is None:
         return f"{total}, none finished with a loss"
-    return f"best of {total}: {best.name}, loss {loss_text(best)}, noise {noise_text(best.levels)}"
+    noise = noise_text(best.levels, SIGMA)
+    return f"best of {total}: {best.name}, loss {loss_text(best)}, noise {noise}"
 
 
 def map_table(one: ScenarioMap, title: str) -> Table:
@@ -109,7 +112,7 @@ def map_table(one: ScenarioMap, title: str) -> Table:
         Column("became", align="left"),
         Column("faulty validation loss", NATS),
         Column("carrier", align="left"),
-        Column("noise: layers, largest sd", align="left"),
+        Column("noise: layers, largest sigma", align="left"),
         Column("parameters", align="left"),
     )
     rows = [_line(row, state_text(row, one.rungs)) for row in one.rows]
