@@ -528,6 +528,8 @@ def test_a_parameter_that_decides_everything_beside_two_that_decide_nothing(
         assert "What mattered in the search (exploratory)" in printed
         assert "It explores one search and makes no claims." in printed
         assert "60 finished configs" in printed
+        assert "That holds for configs drawn at random: TPE gathers" in printed
+        assert "the best being those of all configs" in printed
 
 
 CONDITIONAL: dict[str, Any] = {
