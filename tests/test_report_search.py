@@ -203,6 +203,7 @@ def test_a_loss_after_fewer_steps_never_stands_beside_one_of_the_whole_training(
         Asked(drawn(random.Random(3)), [0.7, 0.6], "running"),
         Asked(drawn(random.Random(4)), [0.9, 0.7, 0.5]),
         Asked(drawn(random.Random(5)), [0.9, 0.7, 0.4]),
+        Asked(drawn(random.Random(6)), [0.9, None], "failed"),
     ]
     (section,) = search_sections(planted(tmp_path, NUMBERS, asked))
     lines = [(row[0], row[1], row[2]) for row in section.table.rows]
@@ -212,6 +213,7 @@ def test_a_loss_after_fewer_steps_never_stands_beside_one_of_the_whole_training(
         ("c001", "stopped at rung 2 of 3: 0.8000 there", "n/a"),
         ("c000", "stopped at rung 1 of 3: 0.0100 there", "n/a"),
         ("c003", "running at rung 2 of 3: 0.6000 there", "n/a"),
+        ("c006", "failed after rung 2 of 3", "n/a"),
         ("c002", "failed", "n/a"),
     ]
     markers = [n for n in figure(section).iter("circle") if n.attrib["class"] == "mean"]
@@ -426,6 +428,7 @@ def test_full_fine_tuning_and_configs_without_noise_have_their_rows(tmp_path: Pa
         Asked(
             {"learning_rate": 0.002, "targeting": "global", "carrier": "rmsnorm_weight"},
             [0.9, 0.8, None],
+            "failed",
         ),
     ]
     training = {"method": {"kind": "full"}, "steps": 20, "warmup_steps": 2}
@@ -434,10 +437,10 @@ def test_full_fine_tuning_and_configs_without_noise_have_their_rows(tmp_path: Pa
     assert [row[:5] for row in section.table.rows] == [
         ("c000", "finished", "0.3000", "n/a", "none"),
         ("c001", "finished", "0.4000", "hidden", "all 28 layers, 0.05"),
-        ("c002", "finished, no finite loss", "n/a", "rmsnorm_weight", "all 28 layers, 0.05"),
+        ("c002", "failed after rung 3 of 3", "n/a", "rmsnorm_weight", "all 28 layers, 0.05"),
     ]
     said = texts(figure(section))
-    assert {"no noise", "hidden", "rmsnorm_weight", "finished, no finite loss"} <= set(said)
+    assert {"no noise", "hidden", "rmsnorm_weight", "failed after rung 3 of 3"} <= set(said)
 
 
 def test_a_search_without_any_noise_has_its_map(tmp_path: Path) -> None:

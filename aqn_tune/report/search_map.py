@@ -276,11 +276,11 @@ def loss_text(row: MapRow) -> str:
 
 
 def state_text(row: MapRow, rungs: int) -> str:
-    """Return what became of a row, with the loss at the rung where a config was stopped."""
-    if row.state == "finished":
-        return "finished" if row.value is not None else "finished, no finite loss"
-    if row.state not in ("stopped", "running") or row.rung < 0:
+    """Return what became of a row: where a config failed, or was stopped and with what loss."""
+    if row.state == "finished" or row.rung < 0:
         return row.state
+    if row.state == "failed":
+        return f"failed after rung {row.rung + 1} of {rungs}"
     there = "no finite loss" if row.value is None else number(row.value)
     return f"{row.state} at rung {row.rung + 1} of {rungs}: {there} there"
 
