@@ -15,7 +15,7 @@ from aqn_tune.report.search_map import MapRow, ScenarioMap, loss_text, state_tex
 from aqn_tune.report.sigma_picture import SigmaMap
 
 WIDTH = 900.0
-LEFT, MIDDLE = 340.0, 582.0
+LEFT, MIDDLE = 352.0, 582.0
 """Where the layers begin and end."""
 AXIS, RIGHT = 598.0, 772.0
 """Where the axis of the loss begins and ends."""
@@ -155,7 +155,7 @@ def _layer_axis(count: int, fault_layers: Sequence[int], layers: Scale, floor: f
         if tick == int(tick):
             x = layers(tick) + width / 2
             parts.append(draw.text(x, floor + 21, f"{tick:.0f}", "small", "middle"))
-    words = "decoder layer" + (" (square: holds a fault)" if fault_layers else "")
+    words = "decoder layer" + (" (square: fault)" if fault_layers else "")
     parts.append(draw.text((LEFT + MIDDLE) / 2, floor + 38, words, "label", "middle"))
     return parts
 
