@@ -29,9 +29,9 @@ DEFINITION = (
     "Each row is a config: the largest sigma of each decoder layer over the steps, and the loss that the "
     "config came to on the search seeds, the same seeds for every row. Finished configs come "
     "first, the best at the top, then stopped ones by the rung that they reached. Sigma: the standard "
-    "deviation of the noise, for `hidden` and relative noise as a share of the value it is added to. Equal "
-    "shades are equal sigmas in every picture; that of one carrier is not that of another. Exploration: the "
-    "numbers of the best are flattered by having been picked, and no claim rests on them."
+    "deviation of the noise, for the carrier hidden and relative noise as a share of the value it is "
+    "added to. Equal shades are equal sigmas in every picture; that of one carrier is not that of another. "
+    "Exploration: the numbers of the best are flattered by having been picked, and no claim rests on them."
 )
 
 
