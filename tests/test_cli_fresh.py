@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic import engine, make_setting, make_study
-from test_search_own_runs import inline_packs
+from synthetic import engine, inline_packs, make_setting, make_study
 
 from aqn_tune.cli import resume, run
 from aqn_tune.cli.output import ProgressLine

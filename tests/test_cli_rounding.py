@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 from synthetic import engine as synthetic_engine
-from synthetic import make_setting, make_study
-from test_search_own_runs import inline_packs
+from synthetic import inline_packs, make_setting, make_study
 
 from aqn_tune.cli import run
 from aqn_tune.cli.output import ProgressLine

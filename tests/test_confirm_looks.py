@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 import pytest
-from synthetic import LAYERS, Behaviour, make_setting, make_study, ray_two
+from synthetic import LAYERS, Behaviour, inline_packs, make_setting, make_study, ray_two
 from synthetic import engine as synthetic_engine
 from test_evidence_looks import EQUAL, Planted, found
 from test_report_mechanism import planted
@@ -87,22 +87,6 @@ def cut_after(packs: int) -> Execute:
             if not left[0]:
                 raise Interrupted("cut")
             left[0] -= 1
-            training = engine.open_pack(pack, setting, shared)
-            while work.arrived(pack, training.advance()):
-                pass
-
-    return run
-
-
-def breaking(name: str) -> Execute:
-    """Return a stand-in for `execute` in which packs of this name break off."""
-
-    def run(work: Work, *, setting: Setting, engine: Engine, **rest: Any) -> None:
-        shared = engine.load(setting, rest["split"], rest["max_length"])
-        while (pack := work.next_pack()) is not None:
-            if pack.name.startswith(name):
-                work.broke(pack, "its worker died 3 times")
-                continue
             training = engine.open_pack(pack, setting, shared)
             while work.arrived(pack, training.advance()):
                 pass
@@ -369,7 +353,7 @@ def test_a_broken_run_of_a_look_holds_up_the_next_one(tmp_path: Path) -> None:
     study = looked(tmp_path)
     folder = study_folder(study)
     said: list[str] = []
-    confirm(study, NOISY, breaking("g0-look1-001"), said)
+    confirm(study, NOISY, inline_packs(breaks="g0-look1-001"), said)
     assert sum("broke off" in line for line in said) == 1, "it waits for the next call"
     assert seeds_run(Ledger(folder.ledger)) == set(range(6))
     look = look_of(folder)

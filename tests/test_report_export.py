@@ -11,9 +11,9 @@ import optuna
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from synthetic import make_study
+from synthetic import inline_packs, make_study
 from test_report_comparison import finished
-from test_search_own_runs import inline_packs, run
+from test_search_own_runs import run
 
 from aqn_tune.cli.app import main
 from aqn_tune.cli.export import export_study

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic import LAYERS, Behaviour, engine, inline, make_setting, make_study
+from synthetic import LAYERS, Behaviour, engine, inline, inline_packs, make_setting, make_study
 
 from aqn_tune.cli.run import write_study
 from aqn_tune.cli.status import study_status
@@ -23,12 +23,10 @@ from aqn_tune.report.record_tables import cost_table
 from aqn_tune.report.write import write_report
 from aqn_tune.search.record import Recorder
 from aqn_tune.search.runner import run_search, search_left
-from aqn_tune.search.work import Work
 from aqn_tune.study.cells import resolve_run, stage_cells
-from aqn_tune.study.engine import Engine
 from aqn_tune.study.folder import StudyFolder, study_folder, study_hash
 from aqn_tune.study.packing import jobs_of, make_packs
-from aqn_tune.study.runs import Pack, Setting
+from aqn_tune.study.runs import Pack
 from aqn_tune.study.schema import Study
 from aqn_tune.study.sweep import resolve_scenarios
 
@@ -45,25 +43,6 @@ def study_of(root: Path, *, reuse: bool, **changes: Any) -> Study:
     return make_study(
         root, **{"search": {"configs": 2}, "sweep": SWEEP, "compute": compute, **changes}
     )
-
-
-def inline_packs(limit: int = 1000, breaks: str = "-") -> Callable[..., None]:
-    """Return a stand-in for `execute` that runs so many packs; one named so breaks off."""
-
-    def run(work: Work, *, setting: Setting, engine: Engine, **rest: Any) -> None:
-        for _ in range(limit):
-            pack = work.next_pack()
-            if pack is None:
-                return
-            if pack.name.startswith(breaks):
-                work.broke(pack, "its worker died")
-                continue
-            shared = engine.load(setting, rest["split"], rest["max_length"])
-            training = engine.open_pack(pack, setting, shared)
-            while work.arrived(pack, training.advance()):
-                pass
-
-    return run
 
 
 def run(
