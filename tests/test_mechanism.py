@@ -111,7 +111,6 @@ def test_the_norm_is_that_of_the_gradient_before_clipping(folder: Path) -> None:
     pack = train(folder, unobserved(run), steps=2)
     with pack.injection:
         pack._losses_and_gradients()
-    pack.arena.collect_gradients()
     wanted = {
         layer: math.sqrt(
             sum(
@@ -191,7 +190,6 @@ def test_ratio_and_cosine_are_to_the_gradient_of_a_healthy_pack_with_these_weigh
     for pack in (trained, healthy):
         with pack.injection:
             pack._losses_and_gradients()
-        pack.arena.collect_gradients()
     seen = train(folder, run, steps=3).observations[0][1]
     for layer in seen.layers:
         a, b = (

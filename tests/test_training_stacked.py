@@ -34,7 +34,7 @@ from aqn_tune.training.arena import Arena
 from aqn_tune.training.engine import ENGINE
 from aqn_tune.training.evaluate import evaluate
 from aqn_tune.training.pack import ReplicaPack
-from aqn_tune.training.stacked import Stacked, obstacle, stack
+from aqn_tune.training.stacked import Stacked, obstacle, stack, transposed_weights
 from aqn_tune.training.trained import make_trained
 
 torch.set_num_threads(1)
@@ -215,7 +215,7 @@ def stacked_copy(model: nn.Module, replicas: int) -> tuple[nn.Module, Arena]:
     """Return a stacked copy whose replica k has every weight scaled by 1 + k / 10."""
     twin = copy.deepcopy(model)
     shapes = {name: parameter.shape for name, parameter in twin.named_parameters()}
-    arena = Arena(shapes, replicas, torch.float64)
+    arena = Arena(shapes, replicas, torch.float64, transposed=transposed_weights(twin))
     stack(twin, arena)
     for replica in range(replicas):
         arena.weights[replica] *= 1 + replica / 10
@@ -235,8 +235,7 @@ def test_a_stacked_model_computes_what_its_replicas_would(name: str) -> None:
     twin, arena = stacked_copy(base, 3)
     ids = torch.randint(0, 64, (3 * 2, 8), generator=torch.Generator().manual_seed(5))
     got = loss_of(twin, ids)
-    got.sum().backward()
-    arena.collect_gradients()
+    arena.backward(got.sum())
     for replica in range(3):
         alone = copy.deepcopy(base).requires_grad_(True)
         with torch.no_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,6 +34,9 @@ class Arena:
     replica updates everything it owns; clipping and the learning rate are per row, and nothing is
     ever reduced across rows.
 
+    Weights named in `transposed` lie in memory as [in, out] and are shown as the [out, in] that they are;
+    their gradients come out of a batched product in that order, and are moved here as they lie.
+
     A replica may own less than its row (`pad`). What it computes, reports and saves is then what an arena
     made for it alone gives; the rest of the row is zero and stays so.
     """
@@ -44,8 +47,10 @@ class Arena:
         replicas: int,
         dtype: torch.dtype,
         device: torch.device | None = None,
+        transposed: Collection[str] = (),
     ) -> None:
         self._slices: dict[str, _Slice] = {}
+        self._transposed = frozenset(transposed)
         size = 0
         for name, shape in shapes.items():
             self._slices[name] = _Slice(size, shape)
@@ -68,17 +73,21 @@ class Arena:
     def view(self, block: Tensor, name: str) -> Tensor:
         """Return the part of `block` [K, P] that belongs to `name`, as a view [K, *shape]."""
         start, shape = self._slices[name]
-        return block[:, start : start + shape.numel()].view(self.replicas, *shape)
+        part = block[:, start : start + shape.numel()]
+        if name in self._transposed:
+            turned = shape[1], shape[0]
+            return part.view(self.replicas, *turned).transpose(1, 2)
+        return part.view(self.replicas, *shape)
 
     def own(self, block: Tensor, name: str, replica: int) -> Tensor:
         """Return what of `block` [K, P] one replica owns of `name`, contiguous, of its own shape.
 
-        A view where the replica is not padded, else a copy.
+        A view where the replica is not padded and the tensor not transposed, else a copy.
         """
         view = self.view(block, name)[replica]
-        if replica not in self._padded:
-            return view
-        return _corner(view, self._own_shapes[replica][name]).contiguous()
+        if replica in self._padded:
+            view = _corner(view, self._own_shapes[replica][name])
+        return view.contiguous()
 
     def pad(self, replica: int, shapes: Mapping[str, torch.Size]) -> None:
         """Let one replica own tensors of `shapes`, each the leading corner of its entry.
@@ -129,18 +138,22 @@ class Arena:
         """Return whether one replica trains the tensor `name`."""
         return name not in self._left_out.get(replica, ())
 
-    def collect_gradients(self) -> None:
-        """Move the gradients of the last backward pass into the arena."""
+    def backward(self, total: Tensor, *, add: bool = False) -> None:
+        """Write the gradients of `total`, a scalar, into the arena; with `add` add them to what it holds.
+
+        A tensor that `total` does not depend on has a gradient of zero.
+        """
+        parameters = [owned.parameter for owned in self._owned]
+        # Not into `.grad`: on the way there a gradient that lies transposed would be copied once more.
+        found = torch.autograd.grad(total, parameters, allow_unused=True)
         targets, sources = [], []
-        for parameter, _, target in self._owned:
-            gradient = parameter.grad
-            if gradient is None:
-                target.zero_()
-                continue
-            targets.append(target)
-            sources.append(gradient.view_as(target))
-            parameter.grad = None
-        torch._foreach_copy_(targets, sources)
+        for owned, gradient in zip(self._owned, found, strict=True):
+            if gradient is not None:
+                targets.append(owned.gradient)
+                sources.append(gradient.view_as(owned.gradient))
+            elif not add:
+                owned.gradient.zero_()
+        (torch._foreach_add_ if add else torch._foreach_copy_)(targets, sources)
 
     def start_optimizers(self, trainings: Sequence[TrainingSpec]) -> None:
         """Give each replica an AdamW of its own over what it owns of its row."""

@@ -104,7 +104,6 @@ class ReplicaPack:
     def _train_step(self) -> None:
         before = self.arena.weights.clone() if self._guards_weights() else None
         losses = self._losses_and_gradients()
-        self.arena.collect_gradients()
         self._observe()
         if self.step == 1:
             for replica in range(len(self.runs)):
@@ -156,7 +155,7 @@ class ReplicaPack:
             shares = [total / count for total, count in zip(totals, answers, strict=True)]
             injection.forward_done()
             # A sum, not a mean: each replica's gradient must not depend on how many share the pack.
-            torch.autograd.backward(torch.stack(shares).sum())
+            self.arena.backward(torch.stack(shares).sum(), add=number > 0)
             losses = [
                 loss + float(share.detach()) for loss, share in zip(losses, shares, strict=True)
             ]
@@ -204,7 +203,6 @@ class ReplicaPack:
         own = self.arena.gradients.clone()
         with self.injection.lifted(), self.mechanism.healthy as healthy:
             self._losses_and_gradients(healthy)
-        self.arena.collect_gradients()
         clean = self.arena.gradients.clone()
         # In place: the optimisers hold views of the block.
         self.arena.gradients.copy_(own)

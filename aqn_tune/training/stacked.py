@@ -160,6 +160,22 @@ def stack(model: nn.Module, arena: Arena) -> list[Stacked]:
     return stacked
 
 
+def transposed_weights(model: nn.Module) -> frozenset[str]:
+    """Return the names of the weights that belong transposed in the arena: those that only nn.Linear uses.
+
+    A weight that an embedding shares is looked up row by row, and stays as it is.
+    """
+    users: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            users.setdefault(id(parameter), []).append(module)
+    return frozenset(
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 2 and all(type(user) is nn.Linear for user in users[id(parameter)])
+    )
+
+
 def _stacked_class(module: nn.Module) -> type[Stacked] | None:
     kind = type(module)
     if kind in _STACKED:

@@ -18,7 +18,7 @@ from aqn_tune.training.lora import (
     attach_adapters,
     initialise_adapters,
 )
-from aqn_tune.training.stacked import obstacle, stack
+from aqn_tune.training.stacked import obstacle, stack, transposed_weights
 
 
 class Folded(Protocol):
@@ -73,8 +73,9 @@ def _all(model: nn.Module, runs: Sequence[Run]) -> Trained:
     parameters = dict(model.named_parameters())
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     first = next(iter(parameters.values()))
-    arena = Arena(shapes, len(runs), first.dtype, first.device)
     blocked = obstacle(model)
+    transposed = transposed_weights(model) if blocked is None else ()
+    arena = Arena(shapes, len(runs), first.dtype, first.device, transposed)
     if blocked is None:
         return Trained(arena, stack(model, arena), {})
     if len(runs) > 1:
