@@ -1,4 +1,4 @@
-"""Hardware faults. A new kind is one file here and one line in `FAULTS`."""
+"""Hardware faults. A new kind is one file here and its name in `Fault`."""
 
 from __future__ import annotations
 
@@ -15,20 +15,13 @@ from aqn_tune.faults.relative_gaussian import RelativeGaussian
 from aqn_tune.faults.saturation import Saturation
 from aqn_tune.faults.spike import Spike
 from aqn_tune.faults.stuck_at import StuckAt
-
-FAULTS: dict[str, type[FaultSpec]] = {
-    "dead_zone": DeadZone,
-    "relative_gaussian": RelativeGaussian,
-    "absolute_gaussian": AbsoluteGaussian,
-    "bias": Bias,
-    "saturation": Saturation,
-    "stuck_at": StuckAt,
-    "spike": Spike,
-    "bit_flip": BitFlip,
-}
+from aqn_tune.kinds import by_kind
 
 Fault = Annotated[
     DeadZone | RelativeGaussian | AbsoluteGaussian | Bias | Saturation | StuckAt | Spike | BitFlip,
     Field(discriminator="kind"),
 ]
 """One entry of a scenario's list of faults."""
+
+FAULTS: dict[str, type[FaultSpec]] = by_kind(Fault)
+"""All of them by kind."""

@@ -1,4 +1,4 @@
-"""Quantizers: number formats with few bits. A new format is one file here and its lines in `formats.py`."""
+"""Quantizers: number formats with few bits. A new one is one file here and its name in `Quantizer`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Tasks: where rows come from, how they become prompt and answer, which split each is in.
 
-A new task is one file with a :class:`TaskSpec` and one line in :data:`TASKS`.
+A new task is one file with a :class:`TaskSpec` and its name in :data:`Task`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from typing import Annotated, Final
 
 from pydantic import Field
 
+from aqn_tune.kinds import by_kind
 from aqn_tune.tasks.base import Example, Splits, TaskSpec, completion, extract_answer, prompt
 from aqn_tune.tasks.jsonl import Jsonl
 from aqn_tune.tasks.word_problems import WordProblems
@@ -26,10 +27,8 @@ __all__ = [
     "prompt",
 ]
 
-TASKS: Final[dict[str, type[TaskSpec]]] = {
-    "word_problems": WordProblems,
-    "jsonl": Jsonl,
-}
-
 Task = Annotated[WordProblems | Jsonl, Field(discriminator="kind")]
 """The `task` of a study."""
+
+TASKS: Final[dict[str, type[TaskSpec]]] = by_kind(Task)
+"""All of them by kind."""

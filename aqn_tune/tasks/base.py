@@ -47,7 +47,7 @@ class TaskSpec(BaseModel):
     """Base of all tasks: a frozen description in the study that can produce its rows.
 
     A new task is one file with one subclass that sets ``kind: Literal["its_name"]`` and implements
-    :meth:`splits`, and one line in :data:`aqn_tune.tasks.TASKS`.
+    :meth:`splits`, and its name in :data:`aqn_tune.tasks.Task`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -1,4 +1,4 @@
-"""Noise targetings: which layers get how much. A new one is one file and one line in `TARGETINGS`."""
+"""Noise targetings: which layers get how much. A new one is one file and its name in `Targeting`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from aqn_tune.kinds import by_kind
 from aqn_tune.noise.targeting.base import Phase as Phase
 from aqn_tune.noise.targeting.base import TargetingSpec as TargetingSpec
 from aqn_tune.noise.targeting.depth import Depth
@@ -14,19 +15,6 @@ from aqn_tune.noise.targeting.scores import Scores
 from aqn_tune.noise.targeting.subset import Healthy, Random, Targeted, Window
 from aqn_tune.noise.targeting.uniform import Global, NoTargeting
 from aqn_tune.noise.targeting.zone import Zone
-
-TARGETINGS: dict[str, type[TargetingSpec]] = {
-    "none": NoTargeting,
-    "global": Global,
-    "targeted": Targeted,
-    "healthy": Healthy,
-    "multipliers": Multipliers,
-    "scores": Scores,
-    "window": Window,
-    "zone": Zone,
-    "depth": Depth,
-    "random": Random,
-}
 
 Targeting = Annotated[
     NoTargeting
@@ -42,3 +30,6 @@ Targeting = Annotated[
     Field(discriminator="kind"),
 ]
 """The targeting of a noise policy."""
+
+TARGETINGS: dict[str, type[TargetingSpec]] = by_kind(Targeting)
+"""All of them by kind."""
