@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from aqn_tune.cli.keys import models, sections, word
 from aqn_tune.cli.options import Json
 from aqn_tune.cli.output import console, print_json
 from aqn_tune.noise.targeting.per_layer import PerLayer
@@ -30,67 +31,120 @@ _ALIASES: dict[Any, str] = {
     typing.get_args(PerLayer)[0]: "list of numbers, or map of layer to number",
 }
 """Types whose parts would say less than the whole."""
+_WIDEST = 14
+"""Characters of a line in the column of defaults; what needs more than two lines stands with the meaning."""
 
 app = typer.Typer(
-    help="List what a study may name: faults, quantization, noise, targeting, schedules, tasks, margins.",
+    help="List what a study may say: its keys, and the kinds of faults, noise and others it may name.",
     no_args_is_help=True,
 )
 
 
 @app.command()
+def study(json: Json = False) -> None:
+    """Every key of a study, with its default and what it means."""
+    from aqn_tune.study.schema import Study
+
+    listed = {model for kinds in _registries().values() for model in kinds.values()}
+    found = {name: describe(model) for name, model in sections(Study, listed=listed)}
+    if json:
+        print_json(found)
+        return
+    from rich.text import Text
+
+    out = console()
+    for name, entry in found.items():
+        out.print(f"\n[bold cyan]{name or 'a study'}[/bold cyan]")
+        out.print(Text(entry["summary"]))
+        if entry["parameters"]:
+            out.print(_parameters(entry["parameters"]))
+
+
+@app.command()
+def dimensions(json: Json = False) -> None:
+    """What a search space may search: the names of its dimensions."""
+    from aqn_tune.study.space import DIMENSIONS, NUMBERED
+
+    numbered = {
+        f"{name}_<layer>": f"The {name} of one layer (targeting {kind})."
+        for name, kind in NUMBERED.items()
+    }
+    found = {**DIMENSIONS, **numbered}
+    if json:
+        print_json(found)
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
+    grid.add_column(no_wrap=True)
+    grid.add_column()
+    for name, meaning in found.items():
+        grid.add_row(Text(name, "bold"), Text(meaning))
+    console().print(grid)
+
+
+@app.command()
 def faults(json: Json = False) -> None:
     """The kinds of hardware faults and their parameters."""
-    from aqn_tune.faults import FAULTS
-
-    _show("faults", FAULTS, json)
+    _show("faults", _registries()["faults"], json)
 
 
 @app.command()
 def quantization(json: Json = False) -> None:
     """The number formats of quantizers and their parameters."""
-    from aqn_tune.quantization import FORMATS
-
-    _show("quantization formats", FORMATS, json)
+    _show("quantization formats", _registries()["quantization"], json)
 
 
 @app.command()
 def noise(json: Json = False) -> None:
     """The carriers of noise and their parameters."""
-    from aqn_tune.noise.carriers import CARRIERS
-
-    _show("noise carriers", CARRIERS, json)
+    _show("noise carriers", _registries()["noise"], json)
 
 
 @app.command()
 def targeting(json: Json = False) -> None:
     """The targetings: which layers get how much noise."""
-    from aqn_tune.noise.targeting import TARGETINGS
-
-    _show("targetings", TARGETINGS, json)
+    _show("targetings", _registries()["targeting"], json)
 
 
 @app.command()
 def schedules(json: Json = False) -> None:
     """The schedules of the noise level."""
-    from aqn_tune.noise.schedules import SCHEDULES
-
-    _show("schedules", SCHEDULES, json)
+    _show("schedules", _registries()["schedules"], json)
 
 
 @app.command()
 def tasks(json: Json = False) -> None:
     """The tasks: where the data comes from."""
-    from aqn_tune.tasks import TASKS
-
-    _show("tasks", TASKS, json)
+    _show("tasks", _registries()["tasks"], json)
 
 
 @app.command()
 def margins(json: Json = False) -> None:
     """The kinds of equivalence margins (confirm.margin) and their parameters."""
-    from aqn_tune.study.margin import MARGINS
+    _show("margins", _registries()["margins"], json)
 
-    _show("margins", MARGINS, json)
+
+def _registries() -> dict[str, Mapping[str, type[BaseModel]]]:
+    """Return the kinds that have a list of their own, by its command."""
+    from aqn_tune.faults import FAULTS
+    from aqn_tune.noise.carriers import CARRIERS
+    from aqn_tune.noise.schedules import SCHEDULES
+    from aqn_tune.noise.targeting import TARGETINGS
+    from aqn_tune.quantization import FORMATS
+    from aqn_tune.study.margin import MARGINS
+    from aqn_tune.tasks import TASKS
+
+    return {
+        "faults": FAULTS,
+        "quantization": FORMATS,
+        "noise": CARRIERS,
+        "targeting": TARGETINGS,
+        "schedules": SCHEDULES,
+        "tasks": TASKS,
+        "margins": MARGINS,
+    }
 
 
 def _show(title: str, kinds: Mapping[str, type[BaseModel]], json: bool) -> None:
@@ -137,11 +191,14 @@ def _parameters(parameters: Sequence[Mapping[str, str]]) -> Table:
     grid = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
     grid.add_column(width=1)
     grid.add_column(no_wrap=True, width=max(len(p["name"]) for p in parameters))
-    grid.add_column(max_width=14)
+    grid.add_column(max_width=_WIDEST)
     grid.add_column()
     for parameter in parameters:
-        facts = Text.assemble((parameter["type"], "green"), "\n", parameter["description"])
-        grid.add_row("", Text(parameter["name"], "bold"), Text(parameter["default"]), facts)
+        default, meaning = parameter["default"], parameter["description"]
+        if len(default) > 2 * _WIDEST:
+            default, meaning = "", f"{meaning} Default: {default}"
+        facts = Text.assemble((parameter["type"], "green"), "\n", meaning)
+        grid.add_row("", Text(parameter["name"], "bold"), Text(default), facts)
     return grid
 
 
@@ -173,21 +230,37 @@ def _selects(field: FieldInfo) -> bool:
 
 
 def _allowed(field: FieldInfo) -> str:
-    bounds = [
+    return ", ".join([_type_name(field.annotation), *_bounds(field)])
+
+
+def _bounds(field: FieldInfo) -> list[str]:
+    return [
         f"{sign} {getattr(item, name):g}"
         for item in field.metadata
         for name, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
         if getattr(item, name, None) is not None
     ]
-    return ", ".join([_type_name(field.annotation), *bounds])
 
 
 def _type_name(hint: Any) -> str:
     if hint in _ALIASES:
         return _ALIASES[hint]
+    kinds = models(hint)
+    for command, registry in _registries().items():
+        if kinds and set(kinds) == set(registry.values()):
+            many = "list of kinds in" if typing.get_origin(hint) is tuple else "one of"
+            return f"{many} aqn-tune list {command}"
+    if isinstance(hint, type) and issubclass(hint, BaseModel):
+        return word(hint) or "a section"
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return _type_name(arguments[0])
+        bounds = [
+            found
+            for item in arguments[1:]
+            if isinstance(item, FieldInfo)
+            for found in _bounds(item)
+        ]
+        return ", ".join([_type_name(arguments[0]), *bounds])
     if origin in (Union, types.UnionType):
         parts = [part for part in arguments if part is not type(None)]
         words = all(typing.get_origin(part) is typing.Literal for part in parts)
@@ -196,19 +269,28 @@ def _type_name(hint: Any) -> str:
         return ", ".join(str(part) for part in arguments)
     if origin is tuple:
         one = _type_name(arguments[0])
+        if one.startswith("list of "):
+            return f"list of lists of {one.removeprefix('list of ')}"
         return f"list of {one}s" if one.endswith("number") else f"list of {one}"
     if origin is dict:
         return f"map of {_type_name(arguments[0])} to {_type_name(arguments[1])}"
     return _NAMES.get(hint, getattr(hint, "__name__", str(hint)).lower())
 
 
+def _list(items: tuple[Any, ...]) -> str:
+    parts = (_list(item) if isinstance(item, tuple) else str(item) for item in items)
+    return f"[{', '.join(parts)}]"
+
+
 def _default(field: FieldInfo) -> str:
-    if field.default is PydanticUndefined:
+    if field.is_required():
         return "required"
-    if field.default is None:
+    if field.default is None or field.default is PydanticUndefined:
         return "-"
+    if isinstance(field.default, BaseModel):
+        return word(type(field.default)) or "-"
     if isinstance(field.default, bool):
         return str(field.default).lower()
     if isinstance(field.default, tuple):
-        return "[" + ", ".join(str(part) for part in field.default) + "]"
+        return _list(field.default)
     return f"{field.default:g}" if isinstance(field.default, float) else str(field.default)

@@ -121,7 +121,7 @@ class ComputeSpec(Spec):
     other shapes, `pack_replicas` and the machine change its rounding.
     """
 
-    workers: int | Literal["auto"] = Field(
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="Trials at a time; auto: one per CPU core."
     )
     pack_replicas: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(

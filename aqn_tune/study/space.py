@@ -113,8 +113,8 @@ DIMENSIONS: dict[str, str] = {
 }
 """The names a space may use, beside the ones in `NUMBERED`."""
 
-NUMBERED = ("multiplier", "score")
-"""Dimensions of one layer each: multiplier_<layer> (targeting multipliers), score_<layer> (scores)."""
+NUMBERED = {"multiplier": "multipliers", "score": "scores"}
+"""Dimensions of one layer each, `<name>_<layer>`, and the targeting that reads them."""
 
 _SCHEDULE_FIELDS = ("stages", "epochs", "stages_per_epoch", "warmup_fraction", "stop_fraction")
 
