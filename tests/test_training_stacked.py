@@ -24,6 +24,7 @@ from tiny import (
 )
 from torch import nn
 
+from aqn_tune.errors import UserError
 from aqn_tune.faults import BitFlip, DeadZone, RelativeGaussian
 from aqn_tune.faults.base import GRADIENT_SITES
 from aqn_tune.injection.address import AddressBook
@@ -312,3 +313,62 @@ def test_several_runs_of_a_model_that_cannot_be_stacked_are_refused() -> None:
     with pytest.raises(ValueError, match=refusal):
         make_trained(model, [full_run(2), full_run(4)], book)
     assert make_trained(model, [full_run(2)], book).folded == ()
+
+
+# -- fewer bits ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "gpt2"])
+def test_a_stacked_bfloat16_model_computes_what_the_model_does(name: str) -> None:
+    """Its weights lie in the arena in float32, and it computes with them rounded: those it came with."""
+    base = build(name, dtype=torch.bfloat16)
+    twin = copy.deepcopy(base)
+    shapes = {name: parameter.shape for name, parameter in twin.named_parameters()}
+    arena = Arena(shapes, 2, torch.float32, transposed=transposed_weights(twin))
+    stack(twin, arena)
+    ids = torch.randint(0, 64, (4, 8), generator=torch.Generator().manual_seed(5))
+    embedded = [model.get_input_embeddings()(ids) for model in (base, twin)]
+    assert torch.equal(*embedded), "Gemma scales by a number of the weight's own format"
+    got, wanted = (model(input_ids=ids).logits for model in (twin, base))
+    assert got.dtype == wanted.dtype
+    got, wanted = got.float(), wanted.float()
+    assert float((got.detach() - wanted).norm() / wanted.norm()) < 0.02
+    arena.backward(got.square().mean())
+    assert all(arena.view(arena.gradients, name).any() for name in shapes)
+
+
+def test_updates_that_bfloat16_would_lose_are_kept(folder: Path) -> None:
+    """At a rate of 1e-6 no weight above 5e-4 would move in bfloat16."""
+    run = full_run(2, learning_rate=1e-6, warmup_steps=0, weight_decay=0.0)
+    pack = train(folder, [run], dtype="bfloat16")
+    assert not pack.failures
+    at_first = train(folder, [run], dtype="bfloat16", steps=0)
+    before, after = at_first.arena.weights, pack.arena.weights
+    large = before.abs() > 5e-4
+    moved = (after != before)[large].float().mean()
+    assert large.float().mean() > 0.5
+    assert moved > 0.8
+    assert (after.bfloat16() != before.bfloat16())[large].float().mean() < 0.2
+
+
+@exact
+def test_a_bfloat16_run_in_a_pack_is_near_the_run_alone(folder: Path) -> None:
+    constant = {"kind": "constant", "sigma": 0.05}
+    policy = {"carrier": "linear_weight", "schedule": constant}
+    runs = [full_run(2, DEAD), full_run(4, policy=policy), full_run(6, quantized=(MXFP4(),))]
+    together = train(folder, runs, dtype="bfloat16")
+    data = tiny_data(folder, "test")
+    evaluated = list(evaluate(together, data, 16, stream="test"))
+    assert not together.failures
+    assert not [one.error for one in evaluated if one.error]
+    for index, run in enumerate(runs):
+        alone = train(folder, [run], dtype="bfloat16")
+        assert alone.train_losses[0] == pytest.approx(together.train_losses[index], abs=0.02)
+        assert alone.audit(0) == together.audit(index)
+
+
+def test_bfloat16_one_run_at_a_time_is_refused() -> None:
+    model = build("gpt2", dtype=torch.bfloat16)
+    refusal = r"^model.dtype: got bfloat16 with training.method full.*transformer.wpe.*give float32"
+    with pytest.raises(UserError, match=refusal):
+        make_trained(model, [full_run(2)], AddressBook(model))

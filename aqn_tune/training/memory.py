@@ -107,11 +107,14 @@ def bound_per_run(
     # A run may compute with weights of its own, changed on their way, and keep them to go back.
     weights = sum(parameter.numel() for parameter in model.parameters())
     changed = 2 * weights * size if acting > 1 else 0
+    # What is trained is held in float32 at the least, and the model computes with rounded copies of it.
+    kept = max(size, 4)
     if spec.method.kind == "full":
         trained = weights
+        changed += weights * size if kept > size else 0
     else:
-        trained, size = max(rank, spec.method.rank) * features, max(size, 4)
-    return activations + changed + _copies(padded) * trained * size
+        trained = max(rank, spec.method.rank) * features
+    return activations + changed + _copies(padded) * trained * kept
 
 
 def measured_per_run(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,30 @@ class Stacked(nn.Module):
     """
 
     replica_of_fold: Tensor | None = None
+    rounded_to: torch.dtype | None = None
+    """Number format of the model, where its weights are trained in one of more bits."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module; what it computes with is rounded for the length of the call."""
+        if self.rounded_to is None:
+            return super().__call__(*args, **kwargs)
+        # In the parameters' place, where the architecture's own arithmetic finds them as well.
+        placed = [name for name in self._parameters if name not in self.__dict__]
+        for name in placed:
+            self.__dict__[name] = self.stored(name)
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            for name in placed:
+                self.__dict__.pop(name, None)
 
     def stored(self, name: str) -> Tensor | None:
         """Return a parameter as the folds see it, [F, *shape]; None where the module has none."""
         parameter = self._parameters[name]
-        if parameter is None or self.replica_of_fold is None:
-            return parameter
-        return parameter[self.replica_of_fold]
+        if parameter is None:
+            return None
+        rows = parameter if self.replica_of_fold is None else parameter[self.replica_of_fold]
+        return rows if self.rounded_to is None else rows.to(self.rounded_to)
 
     def of_folds(self, name: str) -> Tensor | None:
         """Return what the module computes with now: the stored parameter, or what is in its place."""
@@ -140,8 +157,10 @@ def stack(model: nn.Module, arena: Arena) -> list[Stacked]:
     """Make every module of `model` that has parameters compute with those of the arena's replicas.
 
     The arena has an entry [K, *shape] for each name of `model.named_parameters()`; every replica gets
-    the model's weights. Tied parameters stay tied. Call `obstacle` first.
+    the model's weights. Tied parameters stay tied. Where the arena keeps more bits than the model has, the
+    modules compute with rounded copies. Call `obstacle` first.
     """
+    formats = {id(parameter): parameter.dtype for parameter in model.parameters()}
     held: dict[int, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
         view = arena.view(arena.weights, name)
@@ -153,10 +172,13 @@ def stack(model: nn.Module, arena: Arena) -> list[Stacked]:
         kind = _stacked_class(module) if own else None
         if kind is None:
             continue
+        (dtype,) = {formats[id(parameter)] for parameter in own.values()}
         for name, parameter in own.items():
             module._parameters[name] = held[id(parameter)]
         module.__class__ = kind
         stacked.append(_as_stacked(module))
+        if dtype != arena.weights.dtype:
+            stacked[-1].rounded_to = dtype
     return stacked
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from aqn_tune.errors import UserError
 from aqn_tune.injection.address import AddressBook
 from aqn_tune.study.runs import Run
 from aqn_tune.study.training import Lora
@@ -40,8 +41,10 @@ class Trained(NamedTuple):
 def make_trained(model: nn.Module, runs: Sequence[Run], book: AddressBook) -> Trained:
     """Give K runs of equal pack key their trained tensors, on the device of `model`, which is changed.
 
+    A bfloat16 model is trained in float32: the optimiser's weights and moments keep what rounding would lose.
     Raises ValueError for several runs of full fine-tuning whose model cannot be stacked (see
-    `aqn_tune.training.stacked.obstacle`), UserError for adapters that match nothing.
+    `aqn_tune.training.stacked.obstacle`), UserError for adapters that match nothing, and for full fine-tuning
+    of such a model in bfloat16.
     """
     methods = [run.training.method for run in runs]
     loras = [method for method in methods if isinstance(method, Lora)]
@@ -55,8 +58,7 @@ def make_trained(model: nn.Module, runs: Sequence[Run], book: AddressBook) -> Tr
 
 def _adapters(model: nn.Module, runs: Sequence[Run], methods: Sequence[Lora]) -> Trained:
     parameter = next(model.parameters())
-    # Adapters of a bfloat16 model are trained in float32, as peft does: small updates would be lost.
-    dtype = torch.float32 if parameter.dtype == torch.bfloat16 else parameter.dtype
+    dtype = _trained_in(parameter.dtype)
     sites = adapter_sites(model, methods[0])
     # Zeros beyond a run's own rank in A and B give zeros in its product, and zero gradients there.
     rank = max(method.rank for method in methods)
@@ -74,8 +76,15 @@ def _all(model: nn.Module, runs: Sequence[Run]) -> Trained:
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     first = next(iter(parameters.values()))
     blocked = obstacle(model)
+    dtype = _trained_in(first.dtype)
+    if blocked is not None and dtype != first.dtype:
+        raise UserError(
+            f"model.dtype: got {str(first.dtype).removeprefix('torch.')} with training.method full, and this "
+            f"model is trained one run at a time ({blocked}), in its own number format: an update below a "
+            "256th of a weight would be lost; give float32, or method lora"
+        )
     transposed = transposed_weights(model) if blocked is None else ()
-    arena = Arena(shapes, len(runs), first.dtype, first.device, transposed)
+    arena = Arena(shapes, len(runs), dtype, first.device, transposed)
     if blocked is None:
         return Trained(arena, stack(model, arena), {})
     if len(runs) > 1:
@@ -87,6 +96,14 @@ def _all(model: nn.Module, runs: Sequence[Run]) -> Trained:
         parameter.requires_grad_(True)
         arena.adopt(name, parameter)
     return Trained(arena, (), {})
+
+
+def _trained_in(dtype: torch.dtype) -> torch.dtype:
+    """Return the number format in which weights of a model of `dtype` are trained.
+
+    In bfloat16, with eight bits, an update below a 256th of a weight would be lost: float32, as peft does.
+    """
+    return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
 def _left_out(run: Run, arena: Arena, book: AddressBook) -> list[str]:
