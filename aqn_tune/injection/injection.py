@@ -317,7 +317,9 @@ class Injection:
             return x
         measured = tally if self.measures else None
         masks = self._masks.setdefault((address.name, id(slot)), {}) if slot.is_masked else None
-        return apply_fault(acting, x, self._valid, partial(self.draws, address), measured, masks)
+        out = apply_fault(acting, x, self._valid, partial(self.draws, address), measured, masks)
+        tally.watch(acting, x, out, self._valid)
+        return out
 
     # -- the context of a pass, for weights --------------------------------------------------------
 
@@ -378,8 +380,11 @@ class Injection:
 
         def on_gradient(gradient: Tensor) -> Tensor:
             tally.calls[list(slot.owners)] += 1
+            gradient = gradient.contiguous()
             with torch.no_grad():
-                return apply_fault(slot, gradient.contiguous(), valid, partial(self.draws, address))
+                out = apply_fault(slot, gradient, valid, partial(self.draws, address))
+            tally.watch(slot, gradient, out, valid)
+            return out
 
         # An output is copied: adapters add to it in place, and a hook on a view would be lost with it.
         x = x.clone() if slot.spec.site == "grad_output" else x.view_as(x)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aqn_tune.injection.fold import QuantizerSlot
+from aqn_tune.injection.fold import FaultSlot, QuantizerSlot
 from aqn_tune.ledger.rows import FaultMeasure, NoiseMeasure, Operand, QuantizerMeasure
 from aqn_tune.noise.carriers import CarrierSpec
 from aqn_tune.quantization import Quantized
@@ -60,6 +60,8 @@ class FaultTally(_Calls):
         self.sites = 0
         self.due = torch.zeros_like(calls)
         """Calls in which a gradient passed by, of faults that act on gradients."""
+        self.unseen: set[int] = set()
+        """Replicas that have the fault and in which it has not been seen to change a value (`watch`)."""
         zeros = torch.zeros(len(calls), dtype=torch.float64)
         self.affected, self.values = zeros.clone(), zeros.clone()
         self.error_energy, self.energy = zeros.clone(), zeros.clone()
@@ -76,6 +78,32 @@ class FaultTally(_Calls):
             delta = torch.where(valid, (values - x).double(), zero).square().sum(dim=(1, 2))
             self.error_energy += delta.cpu()
             self.energy += torch.where(valid, x.double(), zero).square().sum(dim=(1, 2)).cpu()
+
+    def watch(
+        self,
+        slot: FaultSlot,
+        x: Tensor,
+        values: Tensor,
+        valid: Tensor,
+        alike: Sequence[int] = (),
+    ) -> None:
+        """See whether a call changed a value; each replica is looked at until it has, as a look is dear.
+
+        Args:
+            slot: The fault; row `active[i]` of the tensors is that of replica `owners[i]`.
+            x: The values before the call, [K, N, D].
+            values: The values after it.
+            valid: [K, N, 1], False at padding.
+            alike: Replicas that compute with the same values.
+        """
+        if not self.unseen:
+            return
+        for row, owner in zip(slot.active, slot.owners, strict=True):
+            if owner in self.unseen:
+                before, after = x[row].detach(), values[row].detach()
+                changed = (before != after) & ~(before.isnan() & after.isnan()) & valid[row]
+                if bool(changed.any()):
+                    self.unseen -= {owner, *alike}
 
     def absorb(self, alone: FaultTally, replicas: Sequence[int]) -> None:
         """Add what happened to the one replica of `alone` to each of `replicas`."""

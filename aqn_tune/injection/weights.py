@@ -176,10 +176,12 @@ class WeightSite:
             if replica in slot.active:
                 mine = FaultTally(tally.kind, torch.zeros(1, dtype=torch.int64))
                 draws_of = partial(context.draws, self.address)
+                alone, before = slot.alone(replica), weight
                 weight = apply_fault(
-                    slot.alone(replica), weight, valid, draws_of, mine if context.measures else None
+                    alone, before, valid, draws_of, mine if context.measures else None
                 )
                 tally.absorb(mine, alike)
+                tally.watch(alone, before, weight, valid, alike)
         for quantizer, total in self.quantizers:
             if replica in quantizer.active:
                 only = replace(quantizer, active=(0,))
@@ -209,7 +211,9 @@ class WeightSite:
         valid = torch.ones(*weight.shape[:2], 1, dtype=torch.bool, device=weight.device)
         for slot, tally in self.faults:
             draws_of = partial(context.draws, self.address)
-            weight = apply_fault(slot, weight, valid, draws_of, tally if context.measures else None)
+            before = weight
+            weight = apply_fault(slot, before, valid, draws_of, tally if context.measures else None)
+            tally.watch(slot, before, weight, valid)
         for quantizer, total in self.quantizers:
             measured = total if context.measures else None
             weight = apply_quantizer(

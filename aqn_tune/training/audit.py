@@ -111,6 +111,7 @@ def audit_run(
     ):
         if got != wanted:
             mismatches.append(f"{what} audit: declared {wanted}, happened {got}")
+    mismatches += [f"fault audit: {text}" for text in _idle_faults(injection, replica, steps)]
     mismatches += [f"noise audit: {text}" for text in _noise_mismatches(run, steps, measures)]
     if not weights_unchanged:
         mismatches.append("weight audit: frozen weights changed during training")
@@ -145,6 +146,18 @@ def _fault_calls(
         else:
             due += passes * len(addresses)
     return got, due
+
+
+def _idle_faults(injection: Injection, replica: int, steps: int) -> Iterator[str]:
+    """Yield each fault of a run that was in place at every step and changed nothing at any.
+
+    An evaluation says so of the faults that it meets; those of training alone are met here only.
+    """
+    for slot, _, tally in injection.layout.faults:
+        rests = replica in slot.idle or slot.spec.may_rest()
+        if steps and replica in tally.unseen and not rests:
+            place = f"{slot.spec.kind} at {slot.spec.site}"
+            yield f"{place} changed no value in {steps} steps: it trained as without the fault"
 
 
 def _quantized_operands(run: Run, book: AddressBook) -> int:

@@ -24,8 +24,10 @@ class ReplicaState(NamedTuple):
     noise_calls: int
     noise_sums: dict[int, list[float]]
     fault_calls: list[int]
-    """Of each fault of the run, in declared order; so are the two below."""
+    """Of each fault of the run, in declared order; so are the three below."""
     gradients_due: list[int]
+    faults_unseen: list[bool]
+    """Whether the fault has changed no value so far."""
     quantizer_calls: list[int]
     observations: list[str]
     """What was seen, as JSON."""
@@ -45,6 +47,7 @@ def state_of(pack: ReplicaPack, replica: int) -> ReplicaState:
         noise_sums={layer: list(sums) for layer, sums in audit.sums[replica].items()},
         fault_calls=[int(tally.calls[replica]) for tally in faults],
         gradients_due=[int(tally.due[replica]) for tally in faults],
+        faults_unseen=[replica in tally.unseen for tally in faults],
         quantizer_calls=[int(tally.calls[replica]) for tally in quantizers],
         observations=[seen.model_dump_json() for seen in pack.observations[replica]],
     )
@@ -71,9 +74,11 @@ def restore(pack: ReplicaPack, states: Sequence[ReplicaState]) -> None:
         audit.calls[replica] = state.noise_calls
         audit.sums[replica] = {layer: list(sums) for layer, sums in state.noise_sums.items()}
         faults = (fault.tally for fault in layout.faults if replica in fault.slot.active)
-        counts = zip(state.fault_calls, state.gradients_due, strict=True)
-        for tally, (calls, due) in zip(faults, counts, strict=True):
+        counts = zip(state.fault_calls, state.gradients_due, state.faults_unseen, strict=True)
+        for tally, (calls, due, unseen) in zip(faults, counts, strict=True):
             tally.calls[replica], tally.due[replica] = calls, due
+            if not unseen:
+                tally.unseen.discard(replica)
         placed = (own.tally for own in layout.quantizers if replica in own.slot.active)
         for quantizer, calls in zip(placed, state.quantizer_calls, strict=True):
             quantizer.calls[replica] = calls
