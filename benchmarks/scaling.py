@@ -10,9 +10,10 @@ round then takes `--steps` steps of each of them, in an order of its own, and co
 reported is the median over the rounds.
 
 Memory is measured in a fresh process for each K: the peak of what is resident, less what was there before
-the model was built. Beside it stands what a replica has to hold, counted: adapters, their gradients and the
-two moments of AdamW; and the activations that the backward pass needs. What is measured above that was
-not taken apart.
+the model was built; once as it is, and once with `MALLOC_MMAP_THRESHOLD_` set, so that the C library gives
+back what is freed at once: what a pack holds, without the holes that freed tensors leave in the heap. Beside
+it stands what a replica has to hold, counted: adapters, their gradients and the two moments of AdamW; and the
+activations that the backward pass needs.
 
 `--only` takes of tokens, layers, hidden and memory. A part, which fewer than five rounds are too, is
 written to `scaling.part.json`.
@@ -24,10 +25,11 @@ import argparse
 import gc
 import math
 import multiprocessing
+import os
 import random
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,6 +58,8 @@ from aqn_tune.models import build_model
 from aqn_tune.training.pack import ReplicaPack
 
 REPLICAS = (1, 2, 4, 8, 16)
+NO_HOLES = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}
+"""Tensors from this size on get memory of their own, that goes back when they do."""
 STEPS = 2000
 """Length of the schedules: long, so that hardly any step is one whose noise is audited."""
 FIRST = STEPS // 10 + 1
@@ -191,8 +195,32 @@ def peak_of(workload: Workload, replicas: int, answer: Any) -> None:
         answer.send(peak_above(work))
 
 
-def measure_memory(workload: Workload, replicas: int) -> float:
-    """Return the peak memory of a pack in MB, see `peak_of`."""
+class Peak(NamedTuple):
+    """The peak memory of a pack in MB."""
+
+    as_is: float
+    without_holes: float
+
+
+def measure_memory(workload: Workload, replicas: int) -> Peak:
+    """Return the peak memory of a pack."""
+    return Peak(
+        peak_in_process(workload, replicas, {}), peak_in_process(workload, replicas, NO_HOLES)
+    )
+
+
+def peak_in_process(workload: Workload, replicas: int, environment: Mapping[str, str]) -> float:
+    """Return what `peak_of` finds in a fresh process, which sees `environment` beside its own."""
+    before = dict(os.environ)
+    os.environ.update(environment)
+    try:
+        return _peak_in_process(workload, replicas)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _peak_in_process(workload: Workload, replicas: int) -> float:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=peak_of, args=(workload, replicas, sender))
@@ -217,13 +245,19 @@ class Result(NamedTuple):
     """All that was measured."""
 
     times: dict[Cell, list[float]]
-    peaks: dict[int, dict[int, float]]
-    """Peak MB by tokens per replica and by K."""
+    peaks: dict[int, dict[int, Peak]]
+    """By tokens per replica and by K."""
     sweeps: tuple[str, ...]
 
     def cost(self, workload: Workload, replicas: int) -> Spread:
         """Return the CPU milliseconds per replica-step."""
         return spread(self.times[workload, replicas])
+
+    def per_replica(self, size: int) -> Peak:
+        """Return what one more replica adds to the peak, MB."""
+        as_is, without = zip(*self.peaks[size].values(), strict=True)
+        ks = list(self.peaks[size])
+        return Peak(*(slope(list(zip(ks, found, strict=True))) for found in (as_is, without)))
 
     def is_whole(self) -> bool:
         """Return whether every size was measured, often enough."""
@@ -255,17 +289,27 @@ def print_memory(console: Console, result: Result) -> None:
     """Print measured and counted memory."""
     table = Table(title="Peak memory of a pack in MB, above the process before it was built")
     table.add_column("tokens")
+    table.add_column("")
     for replicas in REPLICAS:
         table.add_column(f"K = {replicas}", justify="right", no_wrap=True)
-    for heading in ("per replica", "counted", "adapters", "activations"):
+    for heading in ("a replica", "counted", "of counted"):
         table.add_column(heading, justify="right")
     for size, peaks in result.peaks.items():
-        counted = held(SWEEPS["tokens"][size])
-        table.add_row(
-            str(size), *(f"{peaks[k]:.0f}" for k in REPLICAS), f"{slope(list(peaks.items())):.1f}",
-            f"{sum(counted):.1f}", f"{counted.adapters:.1f}", f"{counted.activations:.1f}",
-        )  # fmt: skip
+        counted = sum(held(SWEEPS["tokens"][size]))
+        for way, name in zip(Peak._fields, ("as it is", "without holes"), strict=True):
+            found = getattr(result.per_replica(size), way)
+            table.add_row(
+                str(size), name, *(f"{getattr(peaks[k], way):.0f}" for k in REPLICAS),
+                f"{found:.1f}", f"{counted:.1f}", f"{found / counted:.2f}",
+            )  # fmt: skip
     console.print(table)
+    for size in result.peaks:
+        own = held(SWEEPS["tokens"][size])
+        console.print(
+            f"{size} tokens, counted: {own.adapters:.1f} MB of adapters and their moments, "
+            f"{own.activations:.1f} of activations",
+            highlight=False,
+        )
 
 
 def picture(result: Result) -> str:
@@ -279,11 +323,11 @@ def picture(result: Result) -> str:
         panels.append((f"CPU ms per replica-step, by {name}", "replicas in the pack, K", lines))
     lines = []
     for size, peaks in result.peaks.items():
-        if math.isnan(sum(peaks.values())):
+        if math.isnan(sum(map(sum, peaks.values()))):
             continue
         own = sum(held(SWEEPS["tokens"][size]))
-        rest = max(peaks[REPLICAS[0]] - own, 0.0)
-        lines.append(Curve(f"{size}", list(peaks.items())))
+        rest = max(peaks[REPLICAS[0]].without_holes - own, 0.0)
+        lines.append(Curve(f"{size}", [(k, peak.as_is) for k, peak in peaks.items()]))
         lines.append(Curve(f"{size} counted", [(k, rest + own * k) for k in REPLICAS]))
     if lines:
         panels.append(("Peak MB of a pack, by tokens", "replicas in the pack, K", lines))
@@ -312,8 +356,8 @@ def record(result: Result, settings: dict[str, Any]) -> dict[str, Any]:
         "memory": [
             {
                 "tokens": size,
-                "peak_mb": peaks,
-                "per_replica_mb": slope(list(peaks.items())),
+                "peak_mb": {k: peak._asdict() for k, peak in peaks.items()},
+                "per_replica_mb": result.per_replica(size)._asdict(),
                 "counted_mb": held(SWEEPS["tokens"][size])._asdict(),
             }
             for size, peaks in result.peaks.items()
@@ -342,7 +386,7 @@ def main() -> None:
     workloads = dict.fromkeys(w for name in sweeps for w in SWEEPS[name].values())
     cells = [(workload, replicas) for workload in workloads for replicas in REPLICAS]
     with tempfile.TemporaryDirectory() as name, console.status("starting") as status:
-        peaks: dict[int, dict[int, float]] = {}
+        peaks: dict[int, dict[int, Peak]] = {}
         for size in MEMORY_SIZES if MEMORY in options.only else ():
             peaks[size] = {}
             for replicas in REPLICAS:
