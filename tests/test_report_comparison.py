@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,14 @@ from aqn_tune.cli.run import write_study
 from aqn_tune.errors import UserError
 from aqn_tune.evidence.contrasts import PairedContrast
 from aqn_tune.evidence.verdicts import Undetermined
+from aqn_tune.models.locate import EMBEDDED_FOLDER
 from aqn_tune.report.comparison import Named, compare, parse_name, together
 from aqn_tune.report.loading import load_results
+from aqn_tune.report.manifest import write_manifest
+from aqn_tune.report.results import load_study_file
 from aqn_tune.study.difference import Difference
-from aqn_tune.study.folder import study_folder
+from aqn_tune.study.folder import StudyFolder, study_folder
+from aqn_tune.study.loading import make_setting
 
 SWEEP = {"faults.0.threshold": [0.1, 0.3]}
 SCENARIO, OTHER = "both-threshold0.1", "both-threshold0.3"
@@ -32,6 +37,13 @@ def finished(root: Path, behaviour: Behaviour | None = None, **changes: Any) -> 
     folder = study_folder(study)
     write_study(study, folder)
     return folder.root
+
+
+def with_manifest(root: Path) -> Path:
+    """Give a study the manifest that says what model files and rows there are."""
+    study = load_study_file(StudyFolder(root))
+    write_manifest(StudyFolder(root), study, make_setting(study))
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +172,102 @@ def test_what_is_not_comparable_is_refused(
             Named(folder, scenario=SCENARIO, arm="global"),
             confounded=True,
         )
+
+
+TARGETED: dict[str, Any] = {"scenario": SCENARIO, "arm": "targeted"}
+
+
+def rows(word: str) -> str:
+    """Return the content of a file of rows."""
+    return "".join(
+        json.dumps({"question": f"{word} {n}?", "answer": f"#### {n}"}) + "\n" for n in range(9)
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ("", ""),
+        (
+            "test.jsonl",
+            "the rows of the task have changed under the same name .task: content hash ",
+        ),
+        ("model/config.json", "the files of the model have changed under the same name .model: "),
+    ],
+)
+def test_what_has_changed_under_one_name_is_refused(
+    tmp_path: Path, changed: str, said: str
+) -> None:
+    """The original bug: paths were compared, so that losses on other rows came to a difference and a p."""
+    shutil.copytree(EMBEDDED_FOLDER, tmp_path / "model")
+    for name in ("train", "validation", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(rows(name))
+    same: dict[str, Any] = {
+        "model": {"path": str(tmp_path / "model")},
+        "task": {
+            "kind": "jsonl",
+            **{name: str(tmp_path / f"{name}.jsonl") for name in ("train", "validation", "test")},
+        },
+    }
+    one = with_manifest(finished(tmp_path / "one", **same))
+    if changed:
+        path = tmp_path / changed
+        path.write_text("7".join(path.read_text().rsplit("8", 1)))
+    other = with_manifest(finished(tmp_path / "other", study="another", **same))
+    sides = Named(other, **TARGETED), Named(one, **TARGETED)
+    if not said:
+        (found,) = compare(*sides)
+        assert found.notes == ()
+        return
+    with pytest.raises(UserError, match=f"not comparable: between the two studies {said}"):
+        compare(*sides)
+
+
+@pytest.mark.parametrize(
+    ("lacks", "keys"),
+    [
+        ((), []),
+        (("task_fingerprint",), ["rows of the task"]),
+        (("task_fingerprint", "model_fingerprint"), ["files of the model", "rows of the task"]),
+    ],
+)
+def test_a_folder_that_does_not_know_its_rows_is_compared_with_a_note(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    lacks: tuple[str, ...],
+    keys: list[str],
+) -> None:
+    one, old = (
+        with_manifest(shutil.copytree(folder, tmp_path / name / folder.name)) for name in "ab"
+    )
+    manifest = StudyFolder(old).manifest
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({k: v for k, v in content.items() if k not in lacks}))
+    (found,) = compare(Named(one, **TARGETED), Named(old, **TARGETED))
+    assert found.notes == tuple(
+        f"Not checked: whether both had the same {key}, of which {manifest} has no content hash."
+        for key in keys
+    )
+    for options in ((), ("--json",)):
+        with pytest.raises(SystemExit):
+            main(["compare", *(f"{side}:{SCENARIO}/targeted" for side in (one, old)), *options])
+        said = capsys.readouterr().out
+        assert said.count("Not checked") == len(keys)
+        assert all(note in said for note in found.notes)
+    assert (
+        compare(Named(old, **TARGETED), Named(old, scenario=SCENARIO, arm="global"))[0].notes == ()
+    )
+
+
+def test_losses_over_other_numbers_of_rows_are_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no content hash tells."""
+    monkeypatch.setattr("synthetic._rows", lambda setting, split: 99)
+    other = finished(tmp_path)
+    with pytest.raises(UserError, match=r"they were evaluated on 99 and on \d+ rows"):
+        compare(Named(other, **TARGETED), Named(folder, **TARGETED))
 
 
 def test_other_faults_in_the_evaluation_are_refused(folder: Path) -> None:

@@ -35,7 +35,8 @@ def command(
 
     Two folders are compared arm by arm. Arms that differ in more than one key are refused, as a difference
     between them has no single cause; so are arms whose losses are not comparable: another model, task, number
-    of steps, or other faults in the evaluation. What was not declared before the runs has no verdict.
+    of steps, or other faults in the evaluation, also where model files or rows have changed under one name.
+    What was not declared before the runs has no verdict.
     """
     from aqn_tune.report.comparison import compare, parse_name
 
@@ -64,6 +65,7 @@ def _content(one: Comparison) -> dict[str, Any]:
         "contrast": None if isinstance(contrast, Undetermined) else asdict(contrast),
         "undetermined": contrast.reason if isinstance(contrast, Undetermined) else None,
         "q": one.q,
+        "notes": list(one.notes),
         "verdict": None if one.verdict is None else one.verdict.verdict.value,
     }
 
@@ -86,6 +88,7 @@ def _show(found: tuple[Comparison, ...]) -> None:
     rows = []
     notes: dict[str, None] = {}
     for one in found:
+        notes |= dict.fromkeys(one.notes)
         name = _name(one, title)
         head = (name, one.n, number(one.arm_loss.mean), number(one.reference_loss.mean))
         mark = one.verdict.verdict.value if one.verdict is not None else ""

@@ -17,6 +17,7 @@ from aqn_tune.evidence.decisions import contrast_name
 from aqn_tune.evidence.tables import CellResult
 from aqn_tune.evidence.verdicts import Judged, Undetermined
 from aqn_tune.report.loading import load_results
+from aqn_tune.report.manifest import read_manifest
 from aqn_tune.report.results import Results
 from aqn_tune.report.text import Spread, spread
 from aqn_tune.study.arms import ArmSpec
@@ -24,6 +25,7 @@ from aqn_tune.study.cells import named_arms, training_of, twin
 from aqn_tune.study.difference import Difference, differing
 from aqn_tune.study.folder import StudyFolder
 from aqn_tune.study.resolve import conditions_of
+from aqn_tune.study.runs import Split
 from aqn_tune.study.scenario import Scenario
 from aqn_tune.study.seeds import Stage
 from aqn_tune.study.space import arm_of
@@ -31,6 +33,10 @@ from aqn_tune.study.space import arm_of
 STAGES: tuple[Stage, ...] = ("confirm", "search")
 SHOWN_PARTS = 3
 """Keys of a part that one side lacks, in words."""
+CONTENTS = {"model": "files of the model", "task": "rows of the task"}
+"""What a key of a study only names, so that it may change under one name."""
+SHOWN_DIGITS = 12
+"""Digits of a content hash that a message shows."""
 
 
 class Named(NamedTuple):
@@ -57,6 +63,8 @@ class Side(NamedTuple):
     """What it trains, and how: the keys that are held against the other side."""
     judged: dict[str, Any]
     """What its losses are losses of; the same on both sides, or they are not comparable."""
+    contents: dict[str, str]
+    """Content hashes of `CONTENTS`, from the manifest; without those that it does not have."""
 
     @property
     def name(self) -> str:
@@ -80,6 +88,8 @@ class Comparison(NamedTuple):
     """Where the pair is a primary contrast of its study, whose confirmation is complete: what was found."""
     q: float | None = None
     """p adjusted by Benjamini-Hochberg over all pairs that are compared at a time."""
+    notes: tuple[str, ...] = ()
+    """What could not be checked, one sentence each."""
 
 
 def parse_name(text: str, default: Path | None = None) -> Named:
@@ -133,7 +143,8 @@ def compare(arm: Named, reference: Named, *, confounded: bool = False) -> tuple[
 
     Raises:
         UserError: a name that is none; nothing in common; no common seed; another number of steps, another
-            model, task or way to evaluate; several keys that differ, unless `confounded`.
+            model, task or way to evaluate, be it under the same name; several keys that differ, unless
+            `confounded`.
     """
     if arm.stage != reference.stage:
         raise UserError(
@@ -215,6 +226,8 @@ def _side(results: Results, stage: Stage, scenario: Scenario, arm: str) -> Side:
 
     conditions = conditions_of(scenario, layer_count(study.model))
     changed_by_training = {"learning_rate", "rank", "weight_decay"}
+    manifest = read_manifest(results.folder)
+    known = {key: manifest.get(f"{key}_fingerprint") for key in CONTENTS}
     return Side(
         results=results,
         stage=stage,
@@ -236,6 +249,7 @@ def _side(results: Results, stage: Stage, scenario: Scenario, arm: str) -> Side:
                 condition.model_dump(mode="json", exclude={"scenario"}) for condition in conditions
             ],
         },
+        contents={key: str(content) for key, content in known.items() if content},
     )
 
 
@@ -274,7 +288,9 @@ def _compare(one: Side, other: Side, arm: Named, reference: Named) -> Comparison
             f"or not after as many steps ({shown}). Compare arms with the same model, task, steps and "
             "evaluation"
         )
+    notes = _check_contents(one, other)
     cells = _paired(one, other, arm, reference)
+    _check_rows(one, other, cells)
     ours, theirs = [ours for ours, _ in cells], [theirs for _, theirs in cells]
     return Comparison(
         arm=one,
@@ -285,7 +301,54 @@ def _compare(one: Side, other: Side, arm: Named, reference: Named) -> Comparison
         reference_loss=spread([cell.loss for cell in theirs]),
         contrast=contrast_of(one.arm, ours, other.arm, theirs, one.results.evidence.declared),
         verdict=_declared(one, other),
+        notes=notes,
     )
+
+
+def _check_contents(one: Side, other: Side) -> tuple[str, ...]:
+    """Refuse what has changed under the same name; return a note where the folders cannot tell."""
+    ours, theirs = one.results.folder.root, other.results.folder.root
+    if ours == theirs:
+        return ()
+    notes = []
+    for key, what in CONTENTS.items():
+        lacks = [s.results.folder.root for s in (one, other) if key not in s.contents]
+        if lacks:
+            where = " and ".join(str(root / "manifest.json") for root in lacks)
+            notes.append(
+                f"Not checked: whether both had the same {what}, of which {where} has no content hash."
+            )
+            continue
+        new, old = one.contents[key], other.contents[key]
+        if new != old:
+            raise UserError(
+                f"{one.name} and {other.name} are not comparable: between the two studies the {what} have "
+                f"changed under the same name ({key}: content hash {old[:SHOWN_DIGITS]} in {theirs} and "
+                f"{new[:SHOWN_DIGITS]} in {ours}). Run one of the two again (--fresh) with the {what} of the "
+                "other"
+            )
+    return tuple(notes)
+
+
+def _check_rows(one: Side, other: Side, cells: Sequence[tuple[CellResult, CellResult]]) -> None:
+    """Refuse losses over different numbers of rows."""
+    for ours, theirs in cells:
+        new, old = _rows(one, ours), _rows(other, theirs)
+        if None not in (new, old) and new != old:
+            raise UserError(
+                f"{one.name} and {other.name} are not comparable: with seed {ours.seed} they were evaluated "
+                f"on {new} and on {old} rows. Compare arms that were evaluated on the same rows"
+            )
+
+
+def _rows(side: Side, cell: CellResult) -> int | None:
+    """Return how many rows the loss of a cell is over; None where it has none."""
+    if cell.step is None:
+        return None
+    split: Split = "validation" if side.stage == "search" else "test"
+    scenario = side.scenario.name
+    row = side.results.evaluation(cell.training_key, cell.step, "faulty", scenario, split)
+    return None if row is None else row.rows
 
 
 def _differs(one: Side, other: Side) -> tuple[Difference, ...]:

@@ -42,6 +42,7 @@ def write_manifest(folder: StudyFolder, study: Study, setting: Setting) -> None:
         "study_hash": study_hash(study),
         "model": setting.model.model_dump(mode="json"),
         "model_fingerprint": setting.model_fingerprint,
+        "task_fingerprint": setting.task_fingerprint,
         "started": earlier.get("started", now),
         "finished": None,
         "starts": [*earlier.get("starts", []), {"at": now, **_environment(study)}],
