@@ -568,3 +568,34 @@ def test_no_reuse_says_that_a_study_with_nothing_left_trains_nothing(
         recorded.append(ledger.read_bytes())
     assert said == [False, False, True]
     assert len(set(recorded)) == 1
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"\xff\xfe\x00", b'{"machine": "m", "of_a_later_version": 1}']
+)
+def test_a_broken_calibration_costs_a_finished_study_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    real_engine: Callable[[Engine], None],
+    capsys: pytest.CaptureFixture[str],
+    content: bytes,
+) -> None:
+    """The original bug: it ended the study behind its last training, before the report."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("aqn_tune.search.cluster.ray_session", nullcontext)
+    monkeypatch.setattr("aqn_tune.confirm.runner.execute", inline)
+    Path("demo.yaml").write_text(
+        "study: demo\nscenario: {faults: [{kind: dead_zone, layers: [10], threshold: 0.2}]}\n"
+    )
+    real_engine(synthetic_engine())
+    calibration = tmp_path / "runs" / "calibration.json"
+    calibration.parent.mkdir()
+    calibration.write_bytes(content)
+    assert call(["run", "demo.yaml"]) == 0
+    said = capsys.readouterr().err
+    assert f"was not recorded for the next plan: {calibration}: not a calibration" in said
+    folder = study_folder(load_study("demo.yaml"))
+    assert folder.report.is_file()
+    assert folder.verdict.is_file()
+    assert json.loads(folder.manifest.read_text())["finished"]
+    assert calibration.read_bytes() == content

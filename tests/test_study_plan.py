@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from aqn_tune.ledger import Ledger
 from aqn_tune.ledger.rows import CellRow, EvaluationRow, TrainingRow
 from aqn_tune.study import calibration as calibrating
 from aqn_tune.study.calibration import (
+    Calibration,
     Sample,
     calibration_file,
     find_costs,
@@ -27,8 +29,9 @@ from aqn_tune.study.calibration import (
     workload_of,
 )
 from aqn_tune.study.detectable import detectable_effect, t_quantile
-from aqn_tune.study.folder import study_folder
+from aqn_tune.study.folder import StudyFolder, study_folder
 from aqn_tune.study.plan import MOST_STAGES, make_plan, ranges
+from aqn_tune.study.schema import Study
 from aqn_tune.study.sweep import resolve_scenarios
 
 
@@ -341,12 +344,8 @@ def test_a_finished_study_calibrates_the_next_plan(
     assert known.rates[0].trainings == 2
 
 
-def test_the_rows_of_every_draw_are_part_of_what_a_training_cost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(calibrating, "REFERENCE", tmp_path / "none.json")
-    study = make_study(tmp_path)
-    setting = make_setting(study)
+def trained(study: Study) -> StudyFolder:
+    """Record one training of a study, and return its folder."""
     folder = study_folder(study)
     Ledger(folder.ledger).append(
         [
@@ -363,11 +362,52 @@ def test_the_rows_of_every_draw_are_part_of_what_a_training_cost(
             ),
         ]
     )  # fmt: skip
-    update_calibration(study, setting, folder)
+    return folder
+
+
+def test_the_rows_of_every_draw_are_part_of_what_a_training_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrating, "REFERENCE", tmp_path / "none.json")
+    study = make_study(tmp_path)
+    setting = make_setting(study)
+    update_calibration(study, setting, trained(study))
     costs = find_costs(study.output, workload_of(setting, study.training), 8)
     assert costs is not None
     # 20 steps + 4 * 120 rows / 48 = 30 step-equivalents in 30 s
     assert costs.seconds_per_step == pytest.approx(1.0)
+
+
+def test_two_studies_that_end_together_are_both_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The original bug: the second read before the first had written, and both had one name for the draft."""
+    sizes = (8, 16)
+    studies = [make_study(tmp_path, training={"batch_size": size}) for size in sizes]
+    folders = [trained(study) for study in studies]
+    draft = tmp_path / "calibration.tmp"
+    draft.write_text("of another process")
+    read = calibrating.read_calibration
+
+    def update(number: int) -> None:
+        update_calibration(studies[number], make_setting(studies[number]), folders[number])
+
+    second = threading.Thread(target=update, args=(1,))
+
+    def read_and_wait(file: Path) -> Calibration | None:
+        known = read(file)
+        if second.ident is None:
+            second.start()
+            second.join(timeout=0.5)
+        return known
+
+    monkeypatch.setattr(calibrating, "read_calibration", read_and_wait)
+    update(0)
+    second.join()
+    known = read(calibration_file(studies[0].output))
+    assert known is not None
+    assert sorted(rate.workload.batch_size for rate in known.rates) == list(sizes)
+    assert draft.read_text() == "of another process"
 
 
 @pytest.mark.parametrize(

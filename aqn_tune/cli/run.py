@@ -181,11 +181,17 @@ def _run(
                     )
             finally:
                 board.close()
-        if left:
-            update_calibration(study, setting, folder)
         if left or read_manifest(folder).get("finished") is None:
             finish_manifest(folder)
         write_report(folder, tensorboard=False)  # the board was written as the rows came in
+        if left:
+            # It is for the next plan alone: a study that has its report does not end in it.
+            try:
+                update_calibration(study, setting, folder)
+            except (UserError, OSError) as error:
+                progress.note(
+                    f"what the trainings cost was not recorded for the next plan: {error}"
+                )
     return count_failures(folder, Ledger(folder.ledger))
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,8 @@ FORWARD_SHARE = 1 / 3
 """A row's forward pass over its training step (forward and backward), used to split a time into
 steps and evaluation where the recorded trainings cannot tell them apart."""
 REFERENCE = Path(__file__).parent / "reference_calibration.json"
+LOCK_SECONDS = 60.0
+"""How long to wait for another study that writes the calibration, which takes it a moment."""
 
 
 class Workload(Spec):
@@ -126,11 +128,11 @@ def read_calibration(file: Path) -> Calibration | None:
     if not file.exists():
         return None
     try:
-        return Calibration.model_validate_json(file.read_text(encoding="utf-8"))
+        return Calibration.model_validate_json(file.read_bytes())
     except ValidationError as error:
         raise UserError(
-            f"{file}: not a calibration ({error.errors()[0]['msg']}); delete it, the next run "
-            "writes a new one"
+            f"{file}: not a calibration of this version ({error.errors()[0]['msg']}); delete it, the next "
+            "study that trains something here writes a new one"
         ) from None
 
 
@@ -190,14 +192,31 @@ def _costs_in(file: Path, where: str, workload: Workload, pack_size: int) -> Cos
 def update_calibration(study: Study, setting: Setting, folder: StudyFolder) -> None:
     """Record what the finished trainings of a study cost, in the calibration of its output folder.
 
-    Rates of workloads that this study did not run are kept.
+    Rates of workloads that this study did not run are kept, those that another study writes meanwhile too.
+
+    Raises UserError for a file that is no calibration, OSError where it cannot be locked or written.
     """
+    from filelock import FileLock
+
     ledger = Ledger(folder.ledger)
     groups = _samples(study, setting, ledger)
     if not groups:
         return
     file = calibration_file(study.output)
-    known = read_calibration(file)
+    with FileLock(file.with_name(f".{file.name}.lock"), timeout=LOCK_SECONDS):
+        calibration = _updated(read_calibration(file), groups, folder, len(ledger.trainings))
+        text = json.dumps(calibration.model_dump(mode="json"), indent=1)
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(file)
+
+
+def _updated(
+    known: Calibration | None,
+    groups: Mapping[tuple[Workload, int], Sequence[Sample]],
+    folder: StudyFolder,
+    trainings: int,
+) -> Calibration:
     rates = {(r.workload, r.pack_size): r for r in known.rates} if known else {}
     for (workload, pack_size), samples in groups.items():
         per_step, per_row = split_cost(samples, workload.batch_size)
@@ -216,16 +235,12 @@ def update_calibration(study: Study, setting: Setting, folder: StudyFolder) -> N
     adapters = list(folder.adapters.rglob("adapter_model.safetensors"))
     adapter_bytes = _size(folder.adapters)
     per_adapter = adapter_bytes / len(adapters) if adapters else None
-    calibration = Calibration(
+    return Calibration(
         machine=machine(),
         rates=tuple(rates.values()),
-        bytes_per_training=(_size(folder.root) - adapter_bytes) / max(len(ledger.trainings), 1),
+        bytes_per_training=(_size(folder.root) - adapter_bytes) / max(trainings, 1),
         bytes_per_adapter=per_adapter or (known.bytes_per_adapter if known else None),
     )
-    temporary = file.with_suffix(".tmp")
-    text = json.dumps(calibration.model_dump(mode="json"), indent=1)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(file)
 
 
 def split_cost(samples: Iterable[Sample], batch_size: int) -> tuple[float, float]:
