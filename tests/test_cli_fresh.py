@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from synthetic import engine, inline_packs, make_setting, make_study
 
 from aqn_tune.cli import resume, run
 from aqn_tune.cli.output import ProgressLine
 from aqn_tune.errors import UserError
-from aqn_tune.study.folder import study_folder
+from aqn_tune.study.folder import StudyFolder, study_folder
 from aqn_tune.study.schema import Study
 
 QUIET = ProgressLine(quiet=True)
@@ -55,6 +56,34 @@ def test_a_fresh_start_that_is_refused_leaves_the_study_where_it_was(
     after = {path.name: path.read_bytes() for path in folder.root.iterdir() if path.is_file()}
     assert after == before
     assert [path.name for path in folder.root.parent.iterdir()] == [folder.root.name]
+
+
+def test_a_fresh_start_leaves_the_place_to_a_run_that_has_taken_it(
+    begun: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The original bug: a folder without study.yaml was removed, with the run that had just begun in it."""
+    root = study_folder(begun).root
+    before = {path.name: path.read_bytes() for path in root.iterdir() if path.is_file()}
+    lock = FileLock(root / ".lock")
+    check = run._check_folder
+    held: list[int] = []
+
+    def another_begins(folder: StudyFolder, study: Study) -> None:
+        check(folder, study)
+        folder.root.mkdir()
+        lock.acquire(timeout=0)
+        held.append((root / ".lock").stat().st_ino)
+
+    monkeypatch.setattr(run, "_check_folder", another_begins)
+    with pytest.raises(UserError, match="another run works in this folder"):
+        run.run_study(begun, engine=engine(), progress=QUIET, fresh=True)
+    lock.release()
+    assert [(path.name, path.stat().st_ino) for path in root.iterdir()] == [(".lock", *held)]
+    aside = root.with_name(f"{root.name}.old-1")
+    after = {path.name: path.read_bytes() for path in aside.iterdir() if path.is_file()}
+    assert after == before
+    said = capsys.readouterr().err
+    assert f"the folder that --fresh has renamed stays where it is: {aside}" in said
 
 
 def test_a_fresh_start_that_has_begun_keeps_both(begun: Study) -> None:

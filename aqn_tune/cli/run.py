@@ -294,10 +294,24 @@ def _set_aside(folder: StudyFolder) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if aside is not None and not folder.study.exists():
-            shutil.rmtree(folder.root, ignore_errors=True)
-            aside.rename(folder.root)
+        if aside is not None:
+            _put_back(folder, aside)
         raise
+
+
+def _put_back(folder: StudyFolder, aside: Path) -> None:
+    """Have a folder that was set aside in its place again, unless a study has begun there.
+
+    While it was away another run may have taken the place: then both stay, and where the old one is is said.
+    """
+    try:
+        with _locked(folder):
+            if not folder.study.exists():
+                shutil.rmtree(folder.root, ignore_errors=True)
+                aside.rename(folder.root)
+    except (UserError, OSError) as error:
+        said = f"{error}; the folder that --fresh has renamed stays where it is: {aside}"
+        typer.secho(said, fg="red", err=True)
 
 
 def set_aside(folder: Path) -> Path | None:
