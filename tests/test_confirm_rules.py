@@ -26,10 +26,10 @@ from aqn_tune.report.write import write_report
 from aqn_tune.search.execute import check_done, execute
 from aqn_tune.search.runner import run_search, search_left
 from aqn_tune.search.work import Work
-from aqn_tune.study.engine import Engine
+from aqn_tune.study.engine import Engine, RungReport
 from aqn_tune.study.folder import StudyFolder, study_folder
 from aqn_tune.study.loading import load_study
-from aqn_tune.study.runs import Setting
+from aqn_tune.study.runs import Pack, Setting
 from aqn_tune.study.schema import Study
 from aqn_tune.study.sweep import resolve_scenarios
 
@@ -385,6 +385,49 @@ def test_a_run_without_verdicts_says_so_and_exits_with_1(
     stages(inline())
     assert call(*RUN, "-q") == 0
     assert folder.verdict.exists()
+
+
+WHY = "evaluation audit: condition 'faulty' both declares 1 faults, 0 changed a value in 2 batches"
+
+
+def without_a_base(split: str) -> Engine:
+    """Return an engine to which no evaluation of the untrained base on a split is a number."""
+    made = synthetic_engine()
+
+    def open_pack(pack: Pack, *rest: Any) -> Any:
+        training: Any = made.open_pack(pack, *rest)
+        if pack.rungs == (0,) and pack.split == split:
+            (row,) = training.advance().trainings
+            failed = row.model_copy(update={"status": "failed", "error": WHY})
+            training.advance = lambda: RungReport(0, (), (failed,))
+        return training
+
+    return made._replace(open_pack=open_pack)
+
+
+def test_a_base_that_fails_ends_the_search_with_its_reason(
+    planted: Planted, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The original bug: the whole search was run, and then it was said to run the study again."""
+    folder, _ = planted
+    sys.modules["aqn_tune.training.engine"].ENGINE = without_a_base("validation")  # type: ignore[attr-defined]
+    for _ in range(2):
+        assert call(*RUN, "-q") == 2
+        said = capsys.readouterr().err
+        assert f"error: the untrained base cannot be evaluated: {WHY}. It would fail again" in said
+        assert not Ledger(folder.ledger).trainings, "nothing is trained for it"
+
+
+def test_a_base_that_fails_in_the_confirmation_is_announced_with_its_reason(
+    planted: Planted, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = planted
+    sys.modules["aqn_tune.training.engine"].ENGINE = without_a_base("test")  # type: ignore[attr-defined]
+    assert call(*RUN) == 1
+    said = capsys.readouterr().err
+    assert f"confirm pack base broke off: {WHY}" in said
+    assert "The untrained base has not been evaluated on the test split." in said
+    assert folder.report.exists()
 
 
 def test_what_can_be_detected_is_printed_before_the_first_run(

@@ -230,9 +230,21 @@ class SearchWork:
         return True
 
     def arrived(self, pack: Pack, report: RungReport) -> bool:
-        """See `Work.arrived`."""
+        """See `Work.arrived`.
+
+        Raises UserError when the untrained base fails: it would fail again, and nothing is confirmed without
+        it, so that whatever the search found would be of no use.
+        """
         if self._controls.owns(pack):
-            return self._controls.arrived(pack, report)
+            goes_on = self._controls.arrived(pack, report)
+            why = self._controls.broken.get(pack.name)
+            if why is not None and pack.rungs == (0,):
+                raise UserError(
+                    f"the untrained base cannot be evaluated: {why}. It would fail again, and nothing is "
+                    "confirmed without it: change what the study says of the device (scenario, sweep), which "
+                    "starts a study of its own"
+                )
+            return goes_on
         opened = self._open[pack.name]
         with self._recorder.together():
             self._recorder.report(pack, (*report.evaluations, *report.trainings))

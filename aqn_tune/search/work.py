@@ -72,7 +72,8 @@ class FixedPacks:
         self._keys: dict[str, tuple[str, ...]] = {}
         self._failed: set[str] = set()
         self.broken: dict[str, str] = {}
-        """Why each pack broke off that did, by name. The untrained base has no row to say it in."""
+        """Why each pack broke off that did, by name. For the untrained base also why it failed: it has no row
+        to say it in."""
         self._running: dict[str, Pack] = {}
         self._done = 0
         self._queue: deque[Pack] = deque()
@@ -107,6 +108,8 @@ class FixedPacks:
         """See `Work.arrived`: goes on until the last rung, or until every run has failed."""
         self._recorder.report(pack, (*report.evaluations, *report.trainings))
         failed = [row for row in report.trainings if row.status == "failed"]
+        if failed and pack.rungs == (0,):
+            self.broken[pack.name] = failed[0].error
         if report.step < pack.rungs[-1] and len(failed) < len(pack.runs):
             return True
         self._end(pack, failed=bool(failed))
