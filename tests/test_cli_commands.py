@@ -483,8 +483,13 @@ def test_plan_counts_what_is_not_shared_and_the_size_of_packs_changes_the_time_a
     # 8 seeds: 12 cells, and two finalists of two scenarios with both twins
     assert alone["confirm"]["most"]["trainings"] == 8 * (12 + 2 * 2 * 3)
     assert usual["confirm"]["most"]["trainings"] == 8 * (10 + 2 * 2 * 2)
-    assert small["search"] == usual["search"]
-    assert small["confirm"] == usual["confirm"]
+    for stage in ("search", "confirm"):
+        parts = [found[stage].pop("parts")[1] for found in (small, usual)]
+        assert small[stage] == usual[stage]
+        # alone there are more packs, of fewer runs; a pack of the search takes all seeds of a config
+        assert parts[0]["packs"] > parts[1]["packs"]
+        assert parts[0]["largest"]["trainings"] == {"search": 2, "confirm": 1}[stage]
+        assert parts[1]["largest"]["trainings"] == 4
     # by the calibration that is shipped, which has the cost of runs alone and of packs of eight
     for seconds in ("seconds", "most_seconds"):
         assert small["estimate"][seconds] != usual["estimate"][seconds]

@@ -22,7 +22,7 @@ from aqn_tune.study.calibration import (
     workload_of,
 )
 from aqn_tune.study.compiling import Compiled, compare_compiled
-from aqn_tune.study.effort import Work
+from aqn_tune.study.effort import Load, Work
 from aqn_tune.study.folder import study_folder
 from aqn_tune.study.plan import make_plan
 from aqn_tune.study.schema import Study
@@ -68,7 +68,7 @@ def compare(
     monkeypatch.setattr(calibrating, "REFERENCE", reference)
     work = Work(trainings=1, steps=steps, evaluations=1, rows=1000)
     scenarios = resolve_scenarios(study)
-    return compare_compiled(study, make_setting(study), scenarios, [work], workers=2)
+    return compare_compiled(study, make_setting(study), scenarios, [Load(work)], workers=2)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from aqn_tune.ledger.rows import CellRow, EvaluationRow, TrainingRow
 from aqn_tune.study import calibration as calibrating
 from aqn_tune.study.calibration import (
     Calibration,
+    Costs,
     Sample,
     calibration_file,
     find_costs,
@@ -29,6 +30,7 @@ from aqn_tune.study.calibration import (
     workload_of,
 )
 from aqn_tune.study.detectable import detectable_effect, t_quantile
+from aqn_tune.study.effort import Load, Part, Work, most_seconds_of, seconds_of
 from aqn_tune.study.folder import StudyFolder, study_folder
 from aqn_tune.study.plan import MOST_STAGES, make_plan, ranges
 from aqn_tune.study.schema import Study
@@ -77,6 +79,46 @@ def test_the_work_of_a_small_study_by_hand(tmp_path: Path) -> None:
     assert plan.confirm.most.steps == 48 * 20
     assert plan.confirm.most.evaluations == 48 * 2 + 2
     assert plan.confirm.split_rows == 600
+    # a pack takes eight: two even ones of the twelve, which are evaluated twice at each rung, beside 8 of
+    # two; five of the 36, and two of what is not known yet
+    assert plan.search.parts[1] == Part(2 + 8, Work(6, 120, 6 * 2 * 3, 6 * 2 * 3 * 256))
+    assert plan.confirm.parts[1] == Part(5 + 2, Work(8, 160, 8 * 2, 8 * 2 * 600))
+
+
+@pytest.mark.parametrize(
+    ("workers", "about", "most"),
+    [
+        (1, (560, 960), (560, 960)),
+        # at most: an even share of all but the largest pack, with that one at the end
+        (2, (560 / 2, 960 / 2), (120 + 440 / 2, 160 + 800 / 2)),
+        # or as many rounds of the largest pack as there are
+        (4, (560 / 4, 960 / 4), (120 + 440 / 4, 2 * 160)),
+        (5, (120, 960 / 5), (120 + 440 / 5, 2 * 160)),
+        (10, (120, 160), (120, 160)),
+        (64, (120, 160), (120, 160)),
+    ],
+)
+def test_no_more_workers_are_busy_than_there_are_packs(
+    workers: int, about: tuple[float, ...], most: tuple[float, ...], tmp_path: Path
+) -> None:
+    """The original bug: ten and seven packs were divided among 64 workers, 24 s in place of 280 s."""
+    plan = plan_of(tmp_path)
+    loads = [Load(stage.most, stage.parts) for stage in (plan.search, plan.confirm)]
+    costs = Costs(1.0, 0.0, None, None, "by hand", 8)
+    for load, one, bound in zip(loads, about, most, strict=True):
+        assert seconds_of([load], costs, workers) == pytest.approx(one + 20)
+        assert most_seconds_of([load], costs, workers) == pytest.approx(bound + 20)
+    assert most_seconds_of(loads, costs, workers) == pytest.approx(sum(most) + 20)
+
+
+def test_the_time_of_a_study_is_that_of_its_packs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = Costs(1.0, 0.0, None, None, "by hand", 8)
+    monkeypatch.setattr("aqn_tune.study.plan.find_costs", lambda *_: costs)
+    estimate = plan_of(tmp_path, compute={"workers": 64}).estimate
+    assert estimate.most_seconds == pytest.approx(120 + 160 + 20)
+    assert estimate.seconds == pytest.approx(120 + 160 + 20), "one config goes to the end"
 
 
 def test_a_searched_learning_rate_makes_the_none_twin_a_training_of_its_own(tmp_path: Path) -> None:
@@ -140,7 +182,13 @@ def test_with_looks_the_effect_is_that_of_the_last_one_at_its_share_of_alpha(
         mde_sd_units(12, 0.05 / 3 / found.family, 0.8), rel=1e-6
     )
     fixed = make_plan(make_study(tmp_path, confirm={"replicates": 12}))
-    assert plan.confirm == fixed.confirm, "its work is counted to the last look"
+    assert plan.confirm.most == fixed.confirm.most, "its work is counted to the last look"
+    # 6, 3 and 3 seeds of six controls, and of a finalist and a twin that join them, eight in a pack
+    (base, *looks), (_, whole) = plan.confirm.parts, fixed.confirm.parts
+    assert (base.packs, base.largest) == (1, Work(0, 0, 2, 2 * 600))
+    assert [part.packs for part in looks] == [5 + 2, 3 + 1, 3 + 1]
+    assert whole.packs == 9 + 3
+    assert {part.largest for part in (*looks, whole)} == {Work(8, 160, 16, 16 * 600)}
     assert (fixed.detectable.looks, fixed.detectable.look_alpha) == ((), 0.05)
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from aqn_tune.errors import UserError
 from aqn_tune.study.calibration import Costs, find_both_costs, workload_of
 from aqn_tune.study.checks import check_compile
-from aqn_tune.study.effort import Work, seconds_of
+from aqn_tune.study.effort import Load, seconds_of
 from aqn_tune.study.packing import pack_size
 from aqn_tune.study.runs import Setting
 from aqn_tune.study.scenario import Scenario
@@ -36,7 +36,7 @@ def compare_compiled(
     study: Study,
     setting: Setting,
     scenarios: Sequence[Scenario],
-    works: Sequence[Work],
+    loads: Sequence[Load],
     *,
     workers: int,
 ) -> Compiled | None:
@@ -49,7 +49,7 @@ def compare_compiled(
         study: the resolved study, compiled or not.
         setting: what its runs share.
         scenarios: of the study.
-        works: of its stages.
+        loads: of its stages.
         workers: trials at a time.
 
     Limits: None where compiling is refused for this study, and where no machine has measured both ways in
@@ -81,8 +81,8 @@ def compare_compiled(
     # What is evaluated is not compiled: two rates of it would differ by the error of measuring.
     faster = costs[1]._replace(seconds_per_row=costs[0].seconds_per_row)
     return Compiled(
-        plain_seconds=seconds_of(works, costs[0], workers),
-        compiled_seconds=seconds_of(works, faster, workers) + compiling,
+        plain_seconds=seconds_of(loads, costs[0], workers),
+        compiled_seconds=seconds_of(loads, faster, workers) + compiling,
         compile_seconds=compiling,
         source=costs[1].source,
     )

@@ -18,7 +18,14 @@ from aqn_tune.study.compiling import Compiled, compare_compiled, compile_wait
 from aqn_tune.study.describe import arm_text, device_text, fault_text, quantizer_text
 from aqn_tune.study.describe import ranges as ranges
 from aqn_tune.study.detectable import detectable_effect, t_quantile
-from aqn_tune.study.effort import StagePlan, confirm_plan, search_plan, seconds_of
+from aqn_tune.study.effort import (
+    Load,
+    StagePlan,
+    confirm_plan,
+    most_seconds_of,
+    search_plan,
+    seconds_of,
+)
 from aqn_tune.study.folder import study_folder, study_hash
 from aqn_tune.study.loading import layer_count, make_setting, resolve_scenarios
 from aqn_tune.study.looks import alpha_at_look
@@ -313,11 +320,12 @@ def _estimate(
     if study.confirm.generate:
         source += ", without the answers that are written (confirm.generate)"
     compiling = compile_wait(study, costs)
-    expected = [stage.expected for stage in stages]
+    expected = [Load(stage.expected, stage.parts) for stage in stages]
+    most = [Load(stage.most, stage.parts) for stage in stages]
     return Estimate(
         source=source,
         seconds=seconds_of(expected, costs, workers) + compiling,
-        most_seconds=seconds_of([stage.most for stage in stages], costs, workers) + compiling,
+        most_seconds=most_seconds_of(most, costs, workers) + compiling,
         bytes=disk,
         compiled=compare_compiled(
             study, setting, resolve_scenarios(study), expected, workers=workers
