@@ -199,6 +199,22 @@ CASES: dict[str, tuple[tuple[str, str], str, tuple[str, ...]]] = {
         "arms={global: {}}",
         ("arms.global", "taken by a control"),
     ),
+    "own arm with a finalist's name": (
+        ("", ""),
+        "arms={finalist1: {}}",
+        ("arms.finalist1", "taken by a finalist or its twin; choose another"),
+    ),
+    "own arm with the name of the first config": (
+        ("", ""),
+        "arms={c000: {}}",
+        ("arms.c000", "taken by a config of the search, which are c000, c001 and so on"),
+    ),
+    # of which a search of 101 configs has one
+    "own arm with the name of a later config": (
+        ("", ""),
+        "arms={c100: {}}",
+        ("arms.c100", "taken by a config of the search"),
+    ),
     "rank without LoRA": (
         ("", ""),
         "arms={mine: {rank: 4}}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_serializer, field_validator, model_validator
@@ -236,8 +237,13 @@ class Study(Spec):
     @model_validator(mode="after")
     def _names(self) -> Study:
         for name in self.arms:
-            if name in CONTROL_NAMES or name.startswith(("finalist", "c0")):
-                raise ValueError(f"arms.{name}: the name is taken by a control or a finalist")
+            taken = "a control" if name in CONTROL_NAMES else ""
+            if name.startswith("finalist"):
+                taken = "a finalist or its twin"
+            elif re.fullmatch(r"c\d{3,}", name):
+                taken = "a config of the search, which are c000, c001 and so on"
+            if taken:
+                raise ValueError(f"arms.{name}: the name is taken by {taken}; choose another")
         known = self.arm_names()
         pairs = self.confirm.contrasts
         # The default names finalists, which a study without a search has none of.
