@@ -430,6 +430,41 @@ CASES: dict[str, tuple[tuple[str, str], str, tuple[str, ...]]] = {
         "search.space.dimensions.score_28={kind: fixed, value: 1}",
         ("search.space.dimensions.score_28", "no layer 28 of 28"),
     ),
+    "not a number": (
+        ("", ""),
+        "training.learning_rate=.NaN",
+        ("--set training.learning_rate=.NaN", "got nan", "allowed: a finite number"),
+    ),
+    "no largest gradient norm": (
+        ("study: demo\n", "study: demo\ntraining: {max_grad_norm: .inf}\n"),
+        "",
+        ("demo.yaml:2: training.max_grad_norm: got inf; allowed: a finite number",),
+    ),
+    "number beyond the range of numbers": (
+        ("", ""),
+        "training.weight_decay=1e999",
+        ("training.weight_decay", "got inf", "allowed: a finite number"),
+    ),
+    "infinite scale of the adapters": (
+        ("", ""),
+        "training.method={kind: lora, alpha: .Inf}",
+        ("training.method.alpha", "got inf", "allowed: a finite number"),
+    ),
+    "infinite learning rate of an own arm": (
+        ("", ""),
+        "arms={mine: {learning_rate: .INF}}",
+        ("arms.mine.learning_rate", "got inf", "allowed: a finite number"),
+    ),
+    "infinite value in the space": (
+        ("", ""),
+        "search.space.dimensions.sigma_start={kind: choice, values: [0.1, .inf]}",
+        ("search.space.dimensions.sigma_start.values.1", "got inf", "allowed: a finite number"),
+    ),
+    "tag of another kind": (
+        ("threshold: 0.2", "threshold: !!int abc"),
+        "",
+        ("demo.yaml:7: got 'abc', which cannot be read as a whole number (!!int)",),
+    ),
     "every problem at once": (
         ("      threshold: 0.2", "      threshold: x\n      limit: 3"),
         "",

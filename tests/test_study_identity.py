@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel, ValidationError, create_model
 from synthetic import make_setting, make_study
 
 from aqn_tune.errors import UserError
+from aqn_tune.ledger.rows import Audit, NoiseMeasure
+from aqn_tune.models.spec import ModelSpec
+from aqn_tune.study.base import Measured, Spec
 from aqn_tune.study.keys import content_hash
 from aqn_tune.study.layers import Layers, resolve_layers
 from aqn_tune.study.runs import Condition, Run
 from aqn_tune.study.seeds import replicate_seed, stream_seed
+from aqn_tune.tasks import TaskSpec
 
 
 def test_search_and_confirm_seeds_are_disjoint_for_any_study_seed_index_and_generation() -> None:
@@ -78,6 +84,29 @@ def test_content_hash_is_of_the_content(one: object, other: object, equal: bool)
 def test_content_hash_refuses_what_has_no_json(value: float) -> None:
     with pytest.raises(ValueError, match="JSON"):
         content_hash(value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    ("base", "is_taken"), [(Spec, False), (TaskSpec, False), (ModelSpec, False), (Measured, True)]
+)
+def test_what_a_study_is_made_of_holds_finite_numbers(
+    base: type[BaseModel], is_taken: bool, value: float
+) -> None:
+    """Else they are found by whoever hashes it, or are null in a file that does not read back."""
+    made = create_model("Made", __base__=base, one=(float, 0.0), many=(tuple[float, ...], ()))
+    for content in ({"one": value}, {"many": [1.0, value]}):
+        if is_taken:
+            made.model_validate(content)
+            continue
+        with pytest.raises(ValidationError, match="finite number"):
+            made.model_validate(content)
+
+
+def test_a_row_may_pass_on_what_is_not_finite() -> None:
+    """A noise audit that fails has measured it; only the message of the failure is recorded."""
+    measure = NoiseMeasure(layer=0, looks=1, scheduled=0.1, realised=float("inf"), draws=1)
+    assert not math.isfinite(Audit(noise=(measure,)).noise[0].realised)
 
 
 def test_the_memory_that_a_worker_may_plan_with_is_no_part_of_a_training(tmp_path: Path) -> None:

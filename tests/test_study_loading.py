@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,8 @@ def test_a_choice_in_the_file_says_its_kind(file: Path) -> None:
         ("14-17", "14-17"),
         ("2026-01-01", "2026-01-01"),
         (".inf", float("inf")),
+        ("-.INF", float("-inf")),
+        ("TRUE", True),
         ("~", None),
         ("", None),
         ("true", True),
@@ -121,6 +124,30 @@ def test_scalars(text: str, value: object) -> None:
     found = parse_source(f"a: {text}", "f").data["a"]
     assert found == value
     assert type(found) is type(value)
+
+
+@pytest.mark.parametrize("text", [".nan", ".NaN", ".NAN"])
+def test_not_a_number_is_read_in_whichever_letters(text: str) -> None:
+    """The original bug: `.NaN` ended in a traceback."""
+    assert math.isnan(parse_source(f"a: {text}", "f").data["a"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("!!int abc", "got 'abc', which cannot be read as a whole number (!!int)"),
+        ("!!int 0.5", "got '0.5', which cannot be read as a whole number (!!int)"),
+        ("!!float high", "got 'high', which cannot be read as a number (!!float)"),
+        ("!!bool yes", "got 'yes', which cannot be read as true or false (!!bool)"),
+        ("9" * 5000, f"got '{'9' * 40}', which cannot be read as a whole number (!!int)"),
+        ("!!timestamp 2026-01-01", "the YAML tag"),
+    ],
+)
+def test_a_scalar_that_is_not_what_its_tag_says_is_refused(text: str, message: str) -> None:
+    for document in (f"b: 1\na: {text}", f"b: 1\n? {text}\n: 1"):
+        with pytest.raises(UserError) as raised:
+            parse_source(document, "f")
+        assert str(raised.value).startswith(f"f:2: {message}")
 
 
 def test_every_key_knows_its_line() -> None:

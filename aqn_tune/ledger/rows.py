@@ -8,12 +8,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from aqn_tune.study.base import Spec
+from aqn_tune.study.base import Measured
 from aqn_tune.study.runs import ConditionName, Split
 from aqn_tune.study.seeds import Stage
 
 
-class FaultMeasure(Spec):
+class FaultMeasure(Measured):
     """What one fault did during an evaluation, summed over its sites."""
 
     kind: str = Field(description="Kind of the fault.")
@@ -30,7 +30,7 @@ class FaultMeasure(Spec):
 Operand = Literal["weight", "activation"]
 
 
-class QuantizerMeasure(Spec):
+class QuantizerMeasure(Measured):
     """What one quantizer did to one operand of one layer during an evaluation."""
 
     format: str = Field(description="Format of the quantizer.")
@@ -45,7 +45,7 @@ class QuantizerMeasure(Spec):
     )
 
 
-class TakenRow(Spec):
+class TakenRow(Measured):
     """A row that may have been taken over from the ledger of another study."""
 
     source: str = Field(
@@ -98,7 +98,7 @@ class EvaluationRow(TakenRow):
     )
 
 
-class NoiseMeasure(Spec):
+class NoiseMeasure(Measured):
     """The realised-noise audit of one layer, pooled over the audited steps (one per stage)."""
 
     layer: int = Field(description="Decoder layer.")
@@ -108,7 +108,7 @@ class NoiseMeasure(Spec):
     draws: int = Field(description="Number of normal draws measured.")
 
 
-class Audit(Spec):
+class Audit(Measured):
     """What was really attached and injected in a training; a mismatch fails the training."""
 
     fault_sites: tuple[str, ...] = Field((), description="Modules that held a training fault.")
@@ -127,7 +127,7 @@ class Audit(Spec):
     )
 
 
-class LayerMechanism(Spec):
+class LayerMechanism(Measured):
     """The gradient of one decoder layer at one step, beside its clean gradient.
 
     The gradient is that of all tensors of the layer that the run trains, of the whole batch, before
@@ -149,7 +149,7 @@ class LayerMechanism(Spec):
     )
 
 
-class Activation(Spec):
+class Activation(Measured):
     """What the values of one place look like in one forward pass, padding excluded.
 
     All tokens and features of a replicate are pooled. A number that is not finite is null.
@@ -166,7 +166,7 @@ class Activation(Spec):
 Injected = Literal["nothing", "noise", "quantizer", "fault"]
 
 
-class SiteActivation(Spec):
+class SiteActivation(Measured):
     """Activations at one place of one decoder layer, in the first microbatch of a step.
 
     One record per layer for its output as the next layer gets it, and one for everything that was
@@ -186,7 +186,7 @@ class SiteActivation(Spec):
     after: Activation = Field(description="The values that went on from here.")
 
 
-class Observation(Spec):
+class Observation(Measured):
     """What was seen of one training at one step."""
 
     step: int = Field(
@@ -260,7 +260,7 @@ class TrainingRow(TakenRow):
     )
 
 
-class OwnTrainingRow(Spec):
+class OwnTrainingRow(Measured):
     """How far a cell has trained a run of its own, though other cells share the training (`--no-reuse`).
 
     The numbers are those of the training and evaluation rows: of the runs that cells have trained for
@@ -285,7 +285,7 @@ class OwnTrainingRow(Spec):
     error: str = Field("", description="Why it broke off; it is then tried again.")
 
 
-class CellRow(Spec):
+class CellRow(Measured):
     """Which training a cell (stage, scenario, arm, replicate) uses; cells may share trainings."""
 
     kind: Literal["cell"] = "cell"
@@ -299,7 +299,7 @@ class CellRow(Spec):
     training_key: str = Field(description="The training that gives the cell its numbers.")
 
 
-class SearchRow(Spec):
+class SearchRow(Measured):
     """One event of the search, in order: enough to rebuild the searcher and the scheduler exactly."""
 
     kind: Literal["search"] = "search"

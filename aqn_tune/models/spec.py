@@ -18,7 +18,7 @@ class ModelSpec(BaseModel):
     Only safetensors are read and code from a model folder is never run.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     path: str = Field(
         default=EMBEDDED,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +44,14 @@ for _kind, _pattern, _first in _SCALARS:
         re.compile(_pattern),
         ["" if c == "\0" else c for c in _first],
     )
+
+
+_READ: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "int": ("a whole number", lambda text: int(text, 10)),
+    "float": ("a number", lambda text: float(text.replace(".inf", "inf").replace(".nan", "nan"))),
+    "bool": ("true or false", {"true": True, "false": False}.__getitem__),
+}
+"""What a scalar of each kind is called, and how it is read from its text in small letters."""
 
 
 class Place(NamedTuple):
@@ -175,17 +183,20 @@ class _Reader:
 
     def _scalar(self, node: yaml.ScalarNode) -> Any:
         kind, text = node.tag.removeprefix("tag:yaml.org,2002:"), node.value
-        if kind == "int":
-            return int(text, 10)
-        if kind == "float":
-            return float(text.replace(".inf", "inf").replace(".nan", "nan").lower())
-        if kind == "bool":
-            return text.lower() == "true"
         if kind == "null":
             return None
         if kind in ("str", "merge"):
             return text
-        raise UserError(f"{self._at(node)}: the YAML tag {node.tag!r} is not allowed here")
+        if kind not in _READ:
+            raise UserError(f"{self._at(node)}: the YAML tag {node.tag!r} is not allowed here")
+        name, read = _READ[kind]
+        try:
+            return read(text.lower())
+        except (KeyError, ValueError):  # a tag that a user wrote, or thousands of digits
+            raise UserError(
+                f"{self._at(node)}: got {text[:40]!r}, which cannot be read as {name} (!!{kind}); "
+                "write one, or put it in quotes without the tag if text is meant"
+            ) from None
 
 
 def parse_value(text: str, file: str) -> Any:

@@ -55,8 +55,8 @@ class _Range(NamedTuple):
     """Whether `high` itself is not allowed."""
 
     def holds(self, value: float) -> bool:
-        """Return whether `value` is allowed; no number that is not finite is."""
-        if not math.isfinite(value) or (self.whole and value != int(value)):
+        """Return whether `value`, a finite number, is allowed."""
+        if self.whole and value != int(value):
             return False
         over = value > self.low if self.above else value >= self.low
         return over and (value < self.high if self.below else value <= self.high)

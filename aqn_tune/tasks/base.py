@@ -50,7 +50,7 @@ class TaskSpec(BaseModel):
     :meth:`splits`, and its name in :data:`aqn_tune.tasks.Task`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def splits(self) -> Splits:
         """Return the rows of the task.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated
 
 from pydantic import AfterValidator
@@ -12,7 +11,7 @@ from aqn_tune.errors import UserError
 
 def _check(values: tuple[float, ...] | dict[int, float]) -> tuple[float, ...] | dict[int, float]:
     for number in values.values() if isinstance(values, dict) else values:
-        if not math.isfinite(number) or number < 0:
+        if number < 0:
             raise ValueError(f"got {number}; the numbers are finite and not negative")
     return values
 
