@@ -465,6 +465,21 @@ CASES: dict[str, tuple[tuple[str, str], str, tuple[str, ...]]] = {
         "",
         ("demo.yaml:7: got 'abc', which cannot be read as a whole number (!!int)",),
     ),
+    "range of fractions of a whole number": (
+        ("window_width: {kind: int", "window_width: {kind: float"),
+        "",
+        ("demo.yaml:16", "dimensions.window_width", "got kind float", "use kind int"),
+    ),
+    "depths that may cross": (
+        (
+            "  configs: 4\n",
+            "      depth_low: {kind: float, low: 0.0, high: 0.9, when: {targeting: [depth]}}\n"
+            "      depth_high: {kind: float, low: 0.1, high: 1.0, when: {targeting: [depth]}}\n"
+            "  configs: 4\n",
+        ),
+        "search.space.dimensions.targeting={kind: choice, values: [window, depth]}",
+        ("search.space.dimensions", "low 0.9 is above high 0.1", "the search may draw this"),
+    ),
     "every problem at once": (
         ("      threshold: 0.2", "      threshold: x\n      limit: 3"),
         "",

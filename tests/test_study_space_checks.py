@@ -77,6 +77,28 @@ def test_what_a_dimension_may_offer(name: str) -> None:
         assert said in found, value
 
 
+WHOLE = {
+    "stages": "whole numbers of at least 1",
+    "epochs": "whole numbers of at least 1",
+    "stages_per_epoch": "whole numbers of at least 1",
+    "window_centre": "whole numbers from 0 to 27",
+    "window_width": "whole numbers of at least 1",
+    "random_count": "whole numbers from 1 to 28",
+    "rank": "whole numbers of at least 1",
+}
+
+
+@pytest.mark.parametrize("name", DIMENSIONS)
+def test_a_range_of_fractions_is_refused_where_numbers_are_whole(name: str) -> None:
+    """The original bug: both ends of `rank` from 4.0 to 16.0 are whole, and Optuna drew 7.31."""
+    floats: Dimension = TypeAdapter(Dimension).validate_python(
+        {"kind": "float", "low": 4.0, "high": 16.0}
+    )
+    found = dimension_problem(name, floats, 28)
+    said = f"got kind float, which draws fractions; allowed are {WHOLE.get(name)}: use kind int"
+    assert (found == said) is (name in WHOLE), found
+
+
 @pytest.mark.parametrize(
     ("dimension", "bad"),
     [
@@ -102,6 +124,19 @@ def searched(dimensions: dict[str, Any], **changes: Any) -> Study:
     )
 
 
+def span(low: float, high: float, kind: str = "float", **rest: Any) -> dict[str, Any]:
+    return {"kind": kind, "low": low, "high": high, **rest}
+
+
+def one_of(*values: Any) -> dict[str, Any]:
+    return {"kind": "choice", "values": values}
+
+
+DEPTH = {"targeting": {"kind": "fixed", "value": "depth"}}
+INVERSE = {
+    "targeting": {"kind": "fixed", "value": "scores"},
+    "scores_map": {"kind": "fixed", "value": "inverse_linear"},
+}
 SCORES = {"targeting": {"kind": "fixed", "value": "scores"}}
 ZONE = {
     "targeting": {"kind": "fixed", "value": "zone"},
@@ -123,9 +158,39 @@ ZONE = {
         ({**ZONE, "zone_boundary": {"kind": "float", "low": 0.5, "high": 1.0},
           "zone_middle_after": {"kind": "fixed", "value": 0.5}},
          r"^search\.space\.dimensions: .*no effect with boundary 1.*zone_boundary=1\.0"),
-        ({"targeting": {"kind": "fixed", "value": "depth"},
-          "depth_low": {"kind": "float", "low": 0.0, "high": 0.9},
-          "depth_high": {"kind": "float", "low": 0.1, "high": 1.0}}, None),
+        # Accepted once, as both ends of one go with those of the other: four draws in ten have no band.
+        ({**DEPTH, "depth_low": span(0.0, 0.9), "depth_high": span(0.1, 1.0)},
+         r"^search\.space\.dimensions: .*low 0\.9 is above high 0\.1.*the search may draw this"),
+        ({**DEPTH, "depth_low": one_of(0.2, 0.5, 0.1), "depth_high": one_of(0.4, 0.9, 1.0)},
+         r"low 0\.5 is above high 0\.4"),
+        ({**DEPTH, "depth_low": span(0.0, 0.5), "depth_high": span(0.5, 1.0)},
+         r"none of 8 layers lies between 0\.5 and 0\.5"),
+        ({**DEPTH, "depth_low": span(0.0, 0.4), "depth_high": span(0.6, 1.0)}, None),
+        # with a choice of three beside them that neither has to fit
+        ({"rank": one_of(2, 4, 8), **DEPTH, "depth_low": span(0.0, 0.4), "depth_high": span(0.3, 1.0)},
+         r"low 0\.4 is above high 0\.3"),
+        # a warm-up of 1 / (stages + 1) up to where the noise stops: the shortest with the earliest
+        ({"stages": span(1, 9, "int"), "stop_fraction": span(0.0, 0.5)},
+         r"^search\.space\.dimensions: .*injects nothing.*stages=1, stop_fraction=0\.5"),
+        ({"stages": span(2, 9, "int"), "stop_fraction": span(0.0, 0.5)}, None),
+        ({"warmup_fraction": one_of(0.6, 0.0), "stop_fraction": one_of(0.0, 0.5)},
+         r"injects nothing.*warmup_fraction=0\.6, stop_fraction=0\.5"),
+        ({"schedule": {"kind": "fixed", "value": "epoch_aware"}, "epochs": span(1, 4, "int"),
+          "stages_per_epoch": span(1, 4, "int"), "stop_fraction": span(0.0, 0.5)},
+         r"injects nothing.*epochs=1, stages_per_epoch=1, stop_fraction=0\.5"),
+        # one score at its top among seven at the bottom; all at the top are all at the mean
+        ({**INVERSE, **{f"score_{k}": span(0.1, 1.0) for k in range(8)}},
+         r"^search\.space\.dimensions: .*the score of layer 0 is 4\.71 times the mean"),
+        ({**INVERSE, **{f"score_{k}": span(0.5, 1.0) for k in range(8)}}, None),
+        ({**SCORES, **{f"score_{k}": span(0.0, 1.0) for k in range(8)}},
+         r"every score is 0"),
+        # all multipliers 0 together, in whichever order they are offered
+        ({"targeting": {"kind": "fixed", "value": "multipliers"}, "multiplier_3": one_of(1.0, 0.0),
+          "multiplier_4": one_of(0.0, 1.0)}, r"injects nothing.*multiplier_3=0\.0, multiplier_4=0\.0"),
+        # what exists inside the range of another alone
+        ({"stages": span(2, 6, "int"),
+          "random_count": {"kind": "fixed", "value": 2, "when": {"stages": [4]}}},
+         r"random_count has no effect.*stages=4"),
         ({"targeting": {"kind": "fixed", "value": "depth"},
           "depth_low": {"kind": "fixed", "value": 0.5},
           "depth_high": {"kind": "fixed", "value": 0.55}},

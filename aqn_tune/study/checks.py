@@ -162,6 +162,9 @@ def _check_control(study: Study, scenario: Scenario, name: ControlName, layer_co
         raise UserError(f"controls.schedule: {error}") from None
 
 
+_MEND = "; the search may draw this: change what is offered, or give it a `when`"
+
+
 def _check_space(
     study: Study, space: SpaceSpec, scenarios: Sequence[Scenario], layer_count: int
 ) -> None:
@@ -174,13 +177,14 @@ def _check_space(
         try:
             arm = arm_of(params)
         except UserError as error:
-            raise UserError(f"search.space.dimensions: {error} (for {shown})") from None
+            raise UserError(f"search.space.dimensions: {error} (for {shown}){_MEND}") from None
         for scenario in scenarios:
             try:
                 resolve_run(study, scenario, arm, seed=0, layer_count=layer_count)
             except UserError as error:
                 raise UserError(
                     f"search.space.dimensions: {error} (for {shown} in scenario {scenario.name})"
+                    f"{_MEND}"
                 ) from None
 
 

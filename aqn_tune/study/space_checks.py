@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple, get_args
 
 from pydantic import TypeAdapter, ValidationError
@@ -20,6 +20,8 @@ from aqn_tune.study.space import (
     ChoiceDimension,
     Dimension,
     FixedDimension,
+    FloatDimension,
+    IntDimension,
     Params,
     SpaceSpec,
     Value,
@@ -41,6 +43,13 @@ _NAMES: dict[str, tuple[str, ...]] = {
 _SWITCHES = ("carrier_relative", "scores_ceiling")
 """Dimensions whose values are true and false."""
 _LAYERS: TypeAdapter[Layers] = TypeAdapter(Layers)
+_ONE_RULE = {
+    **dict.fromkeys(("depth_low", "depth_high"), "depth"),
+    **dict.fromkeys(
+        ("stages", "epochs", "stages_per_epoch", "warmup_fraction", "stop_fraction"), "time"
+    ),
+}
+"""Dimensions that must fit each other, by what they share. Those of the scores do, too."""
 
 
 class _Range(NamedTuple):
@@ -100,6 +109,9 @@ def dimension_problem(name: str, dimension: Dimension, layer_count: int) -> str 
     prefix, _, number = name.partition("_")
     if prefix in NUMBERED and number.isdigit() and int(number) >= layer_count:
         return f"there is no layer {number} of {layer_count}; allowed are 0 to {layer_count - 1}"
+    allowed = _range(name, layer_count)
+    if allowed.whole and isinstance(dimension, FloatDimension):
+        return f"got kind float, which draws fractions; allowed are {allowed}: use kind int"
     problems = (_value_problem(name, value, layer_count) for value in _values(dimension))
     return next((problem for problem in problems if problem), None)
 
@@ -138,13 +150,14 @@ def _values(dimension: Dimension) -> tuple[Value, ...]:
 
 
 def corners(space: SpaceSpec) -> Iterator[Params]:
-    """Yield points of a space that reach every value of every choice and both ends of every range.
+    """Yield points of a space that reach every value of every choice and both ends of every range, each once.
 
     All combinations of the dimensions that others depend on; the others run through their values
-    together.
+    together. Of those that one rule holds to each other (`depth_low` and `depth_high`) any end of one
+    meets any end of another, and each one alone the other ends of all the rest.
     """
     parents = {p for dimension in space.dimensions.values() for p in dimension.when}
-    offered = {name: _values(dimension) for name, dimension in space.dimensions.items()}
+    offered = {name: _offered(space, name) for name in space.dimensions}
     combinations = 1
     for name in parents:
         combinations *= len(offered[name])
@@ -153,14 +166,60 @@ def corners(space: SpaceSpec) -> Iterator[Params]:
             f"search.space.dimensions: {combinations} combinations of the dimensions that `when` "
             f"names; at most {MOST_CORNERS} can be checked"
         )
-    rounds = max(2, *(len(v) for n, v in offered.items() if n not in parents), 2)
+    rows = tuple(_rows({name: offered[name] for name in offered if name not in parents}))
     names = [name for name in space.dimensions if name in parents]
+    seen: set[tuple[tuple[str, Value], ...]] = set()
     for combination in itertools.product(*(offered[name] for name in names)):
-        fixed = dict(zip(names, combination, strict=True))
-        for turn in range(rounds):
+        for row in rows:
+            values = {**row, **dict(zip(names, combination, strict=True))}
             params: Params = {}
             for name in space.dimensions:
                 if space.active(name, params):
-                    values = offered[name]
-                    params[name] = fixed.get(name, values[turn % len(values)])
-            yield params
+                    params[name] = values[name]
+            point = tuple(params.items())
+            if point not in seen:
+                seen.add(point)
+                yield params
+
+
+def _offered(space: SpaceSpec, name: str) -> tuple[Value, ...]:
+    """Return the values of a dimension to check, with those inside its range that others depend on."""
+    dimension = space.dimensions[name]
+    values = _values(dimension)
+    if isinstance(dimension, IntDimension):
+        values += tuple(
+            value
+            for other in space.dimensions.values()
+            for value in other.when.get(name, ())
+            if isinstance(value, int) and dimension.low < value < dimension.high
+        )
+    return tuple(dict.fromkeys(values))
+
+
+def _rows(offered: Mapping[str, tuple[Value, ...]]) -> Iterator[Params]:
+    """Yield the values that dimensions on which none depends take together; see `corners`."""
+    for turn in range(max(map(len, offered.values()), default=1)):
+        yield {name: values[turn % len(values)] for name, values in offered.items()}
+    ends = {name: found for name, values in offered.items() if (found := _ends(values))}
+    words = {name: values for name, values in offered.items() if name not in ends}
+    groups: dict[str, list[str]] = {}
+    for name in ends:
+        rule = _ONE_RULE.get(name, "scores" if name.startswith(("score_", "scores_")) else "")
+        if rule:
+            groups.setdefault(rule, []).append(name)
+    most = max(map(len, groups.values()), default=1)
+    for turn in range(max(map(len, words.values()), default=1)):
+        chosen = {name: values[turn % len(values)] for name, values in words.items()}
+        for end, place in itertools.product((0, 1), range(most)):
+            row: Params = {**chosen, **{name: pair[end] for name, pair in ends.items()}}
+            yield dict(row)
+            for group in groups.values():
+                alone = group[place % len(group)]
+                row[alone] = ends[alone][1 - end]
+            yield row
+
+
+def _ends(values: tuple[Value, ...]) -> tuple[float, float] | None:
+    """Return the smallest and the largest of `values`; None where one is no number."""
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    return (min(numbers), max(numbers)) if len(numbers) == len(values) else None
