@@ -37,11 +37,14 @@ from aqn_tune.injection.injection import Injection
 from aqn_tune.models.load import build_model, decoder_layers, load_tokenizer
 from aqn_tune.noise import EffectiveNoise
 from aqn_tune.quantization import MXFP4, NVFP4, Int8, QuantizerSpec
+from aqn_tune.study.cells import named_arms, resolve_run
 from aqn_tune.study.device import HEALTHY, Device
 from aqn_tune.study.engine import Shared
 from aqn_tune.study.runs import Condition, Run, Setting
 from aqn_tune.study.scenario import ScenarioSpec
+from aqn_tune.study.schema import Study
 from aqn_tune.study.seeds import stream_seed
+from aqn_tune.study.sweep import resolve_scenarios
 from aqn_tune.study.training import TrainingSpec
 from aqn_tune.training import evaluate as evaluate_module
 from aqn_tune.training.data import TokenSet, load_tokens
@@ -1065,6 +1068,36 @@ def test_a_part_acts_when_it_says_so(when: str, during: str) -> None:
     for each in (trained, then):
         assert each == HEALTHY or (each.seed, each.adapter_path) == (3, "faulty")
     assert trained.deploy == "unmerged"
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("during", ["both", "train", "eval"])
+def test_errors_of_the_backward_products_stay_in_the_training(
+    folder: Path, during: str, method: str
+) -> None:
+    """From the declaration to the last row: a companion that was deployed too failed every such run."""
+    noisy = {"kind": "relative_gaussian", "layers": "all", "scale": 0.05, "backward_scale": 0.05}
+    made = Study.model_validate(
+        {
+            "study": "s",
+            "scenario": {"faults": [noisy], "during": during},
+            "search": {
+                "space": {"dimensions": {"sigma_start": {"kind": "fixed", "value": 0.1}}},
+                "replicates": 2,
+            },
+            "confirm": {"replicates": 6},
+        }
+    )
+    changes = {"method": {"kind": "full"}, "learning_rate": 1e-3} if method == "full" else {}
+    made = made.model_copy(update={"training": tiny_training(steps=2, **changes)})
+    (scenario,) = resolve_scenarios(made)
+    arm = named_arms(made)["fault_only"]
+    run = resolve_run(made, scenario, arm, seed=2, layer_count=LAYERS)
+    ((status, error, _, audit, (clean, faulty)),) = results(folder, [run])
+    assert (status, error) == ("finished", "")
+    assert len(audit.fault_sites) == 28 * ({"lora": 2, "full": 3}[method]) * (during != "eval")
+    assert [fault.calls for fault in faulty.faults] == [28] * (during != "train")
+    assert (clean.loss == faulty.loss) == (during == "train")
 
 
 def test_a_format_of_the_evaluation_alone_does_not_train(folder: Path) -> None:

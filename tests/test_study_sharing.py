@@ -9,7 +9,7 @@ import yaml
 
 from aqn_tune.errors import UserError
 from aqn_tune.models.spec import ModelSpec
-from aqn_tune.study.cells import named_arms, resolve_run, stage_cells, unique_runs
+from aqn_tune.study.cells import conditions_of, named_arms, resolve_run, stage_cells, unique_runs
 from aqn_tune.study.device import HEALTHY
 from aqn_tune.study.folder import study_hash
 from aqn_tune.study.runs import Run, Setting
@@ -127,6 +127,29 @@ def test_the_clean_arm_is_one_training_evaluated_on_every_device() -> None:
 def run_of(made: Study, arm: str, *, layer_count: int = 8) -> Run:
     (scenario,) = resolve_scenarios(made)
     return resolve_run(made, scenario, named_arms(made)[arm], seed=1, layer_count=layer_count)
+
+
+@pytest.mark.parametrize(
+    ("during", "trained", "deployed"),
+    [
+        ("both", ["output", "grad_input", "grad_input"], ["output"]),
+        ("train", ["output", "grad_input", "grad_input"], []),
+        ("eval", [], ["output"]),
+    ],
+)
+def test_no_fault_of_a_gradient_is_deployed(
+    during: str, trained: list[str], deployed: list[str]
+) -> None:
+    """Neither one that is declared nor a companion: in an evaluation no gradient would ever meet it."""
+    faults = [{**NOISY, "backward_scale": 0.05}, {**DEAD_ZONE, "site": "grad_input"}]
+    made = study(scenario={"faults": faults, "during": during})
+    (scenario,) = resolve_scenarios(made)
+    clean, faulty = conditions_of(scenario, 8)
+    assert clean.device == HEALTHY
+    assert [fault.site for fault in faulty.device.faults] == deployed
+    run = run_of(made, "fault_only")
+    assert [fault.site for fault in run.device.faults] == trained
+    assert run.conditions == (clean, faulty)
 
 
 def test_full_fine_tuning_knows_no_adapter_path() -> None:

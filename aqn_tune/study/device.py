@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from aqn_tune.faults import Fault
+from aqn_tune.faults.base import GRADIENT_SITES
 from aqn_tune.quantization import Quantizer
 from aqn_tune.study.base import Spec
 from aqn_tune.study.layers import resolve_layers
@@ -66,6 +67,11 @@ class Device(Spec):
                 "seed": self.seed if self.reads_seed() else 0,
             }
         )
+
+    def forward_only(self) -> Device:
+        """Return the device where nothing is differentiated: without its faults of gradients."""
+        faults = tuple(fault for fault in self.faults if fault.site not in GRADIENT_SITES)
+        return self.model_copy(update={"faults": faults})
 
     def reads_seed(self) -> bool:
         """Return whether devices of this make differ in what their seed draws."""

@@ -33,7 +33,8 @@ def training_of(study: Study, arm: ArmSpec) -> TrainingSpec:
 
 def conditions_of(scenario: Scenario, layer_count: int) -> tuple[Condition, ...]:
     """Return the two conditions of a scenario: clean, and faulty on its deployed device."""
-    device = scenario.spec.deployed().resolved(layer_count, weights_trained=False)
+    # Companions join in `resolved`, and some of them are faults of gradients.
+    device = scenario.spec.deployed().resolved(layer_count, weights_trained=False).forward_only()
     drawn = not device.is_healthy()
     return (
         Condition(name="clean"),
