@@ -14,6 +14,7 @@ from tiny import (
     LAYERS,
     one_pack,
     save_tiny_model,
+    tiny_data,
     tiny_pack,
     tiny_run,
     tiny_setting,
@@ -27,6 +28,7 @@ from aqn_tune.study.keys import content_hash
 from aqn_tune.study.runs import Condition, Run
 from aqn_tune.study.seeds import stream_seed
 from aqn_tune.training.engine import ENGINE
+from aqn_tune.training.evaluate import evaluate
 from aqn_tune.training.learning_rate import learning_rate
 from aqn_tune.training.pack import ReplicaPack
 
@@ -107,6 +109,59 @@ def test_a_diverging_neighbour_fails_alone(folder: Path) -> None:
     assert "comes from model.layers.0.self_attn.q_proj" in pack.failures[0]
     assert list(pack.failures) == [0]
     assert pack.train_losses[1] == train(folder, [run]).train_losses[0]
+
+
+@pytest.fixture(scope="module")
+def dropping(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose decoder layers drop out values themselves, by their own flag."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    folder = save_tiny_model(tmp_path_factory.mktemp("opt"))
+    config = OPTConfig(
+        vocab_size=384,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        dropout=0.5,
+        init_std=0.2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        OPTForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_checkpointing_turns_no_dropout_on(dropping: Path) -> None:
+    """A layer that is in training mode to be recomputed would drop values out, in evaluations too."""
+    method = {"kind": "lora", "rank": 4, "target_modules": ("q_proj", "v_proj")}
+    plain, saving = (
+        train(
+            dropping,
+            [
+                tiny_run(
+                    FAULT,
+                    training=tiny_training(method=method, gradient_checkpointing=saves),
+                    conditions=(CLEAN, FAULTY),
+                )
+            ],
+            steps=4,
+        )
+        for saves in (False, True)
+    )
+    assert saving.model.model.decoder.layers[0].training
+    assert not plain.model.model.decoder.layers[0].training
+    assert saving.train_losses[0] == pytest.approx(plain.train_losses[0], rel=1e-5)
+    assert torch.allclose(saving.arena.weights, plain.arena.weights, atol=1e-5)
+    data = tiny_data(dropping, "test")
+    expected, first, second = (
+        [one.loss for one in evaluate(pack, data, 16, stream="test")]
+        for pack in (plain, saving, saving)
+    )
+    assert first == second
+    assert first == pytest.approx(expected, rel=1e-5)
 
 
 def true_float64_rmsnorm(self, hidden_states):

@@ -75,6 +75,10 @@ class AddressBook:
         """Return the decoder layer itself, whose output is a site."""
         return self._inside[layer]["."]
 
+    def layers(self) -> list[nn.Module]:
+        """Return the decoder layers."""
+        return [inside["."].module for inside in self._inside]
+
     def norms(self, layer: int) -> tuple[Address, ...]:
         """Return the RMSNorms directly inside a decoder layer (not those of attention heads)."""
         return tuple(

@@ -155,8 +155,7 @@ class _Evaluation:
             for first in range(0, rows, batch_size)
         ]
         self._size = max(FOLD_TOKENS // (batch_size * data.tokens.shape[1]), 1)
-        book = pack.book
-        self._layers = [book.layer_output(layer).module for layer in range(book.layer_count)]
+        self._layers = pack.book.layers()
         self._end = len(self._layers) + 1
         self._cuts = _CUTS.setdefault(pack.model, {})
         self._outcomes: dict[Pass, _Outcome] = {}

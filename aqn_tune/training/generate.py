@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -179,11 +178,9 @@ def _run_fold(
     lengths = prompt_lengths(data)
     rows: list[dict[int, Tokens]] = [{} for _ in fold]
     is_finite = [True] * folds
-    layers = [pack.book.layer_output(layer).module for layer in range(pack.book.layer_count)]
     with (
         folded(pack, [one.replica for one in fold]),
         injection,
-        _not_in_training(layers),
         torch.inference_mode(),
     ):
         in_order = lengths.argsort(stable=True)
@@ -286,16 +283,3 @@ def _position_limit(model: nn.Module) -> int:
     config = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
     limit = getattr(config, "max_position_embeddings", None)
     return sys.maxsize if limit is None else int(limit)
-
-
-@contextmanager
-def _not_in_training(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Take layers out of training mode, in which those that save activations drop keys and values."""
-    before = [layer.training for layer in layers]
-    try:
-        for layer in layers:
-            layer.training = False
-        yield
-    finally:
-        for layer, training in zip(layers, before, strict=True):
-            layer.training = training

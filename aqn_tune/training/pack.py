@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -66,12 +66,7 @@ class ReplicaPack:
         self._order = BatchOrder(len(data.tokens), spec.batch_size)
         self.arena, self.folded, self.frozen = make_trained(model, runs, self.book)
         if spec.gradient_checkpointing:
-            model.activation_checkpointing_enable(  # type: ignore[operator]
-                activation_checkpointing_kwargs={"use_reentrant": False}
-            )
-            for layer in range(self.book.layer_count):
-                # The flag of the layer alone: what is inside it stays in eval mode, without dropout.
-                self.book.layer_output(layer).module.training = True
+            self._enable_checkpointing()
         self._frozen_hash = self._hash_frozen()
         self.arena.start_optimizers([run.training for run in runs])
         entries = [Entry(run.device, run.noise, run.skip) for run in runs]
@@ -89,8 +84,20 @@ class ReplicaPack:
                 "training.compile: faults, quantizers and noise inside a decoder layer need it as it is; "
                 "leave compile out"
             )
-        layers = range(self.book.layer_count)
-        return CompiledLayers([self.book.layer_output(layer).module for layer in layers])
+        return CompiledLayers(self.book.layers())
+
+    def _enable_checkpointing(self) -> None:
+        layers = self.book.layers()
+        self.model.activation_checkpointing_enable(  # type: ignore[operator]
+            activation_checkpointing_kwargs={
+                "use_reentrant": False,
+                # While a layer computes, and while it does so again.
+                "context_fn": lambda: (not_in_training(layers), not_in_training(layers)),
+            }
+        )
+        for layer in layers:
+            # It asks for checkpoints. The rest of the model stays in eval mode.
+            layer.training = True
 
     # -- training ----------------------------------------------------------------------------------
 
@@ -295,6 +302,22 @@ class ReplicaPack:
 
     def _hash_frozen(self) -> str:
         return _hash_of(self.frozen)
+
+
+@contextmanager
+def not_in_training(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Take decoder layers out of training mode.
+
+    Those that save activations are in it, drop keys and values there, and some drop out values.
+    """
+    before = [layer.training for layer in layers]
+    try:
+        for layer in layers:
+            layer.training = False
+        yield
+    finally:
+        for layer, training in zip(layers, before, strict=True):
+            layer.training = training
 
 
 def _hash_of(tensors: Mapping[str, Tensor]) -> str:

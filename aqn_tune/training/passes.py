@@ -12,7 +12,7 @@ from aqn_tune.injection.injection import Injection
 from aqn_tune.study.device import Device
 from aqn_tune.study.runs import Condition
 from aqn_tune.study.seeds import stream_seed
-from aqn_tune.training.pack import ReplicaPack
+from aqn_tune.training.pack import ReplicaPack, not_in_training
 
 
 class Pass(NamedTuple):
@@ -50,12 +50,13 @@ def living_passes(pack: ReplicaPack) -> list[Pass]:
 
 @contextmanager
 def folded(pack: ReplicaPack, replicas: Sequence[int]) -> Iterator[None]:
-    """Let fold f of every forward pass in the block be replica `replicas[f]`."""
+    """Let fold f of every forward pass in the block be replica `replicas[f]`, out of training mode."""
     of_fold = torch.tensor(replicas, device=pack.device)
     try:
         for module in pack.folded:
             module.replica_of_fold = of_fold
-        yield
+        with not_in_training(pack.book.layers()):
+            yield
     finally:
         for module in pack.folded:
             module.replica_of_fold = None
