@@ -12,14 +12,22 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    CohereConfig,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    PhiConfig,
     Qwen2Config,
     Qwen3Config,
+    StableLmConfig,
 )
 
 from aqn_tune.errors import UserError
@@ -555,6 +563,81 @@ def test_no_two_sites_share_a_draw(name: str) -> None:
         model(inputs_embeds=inputs(torch.float64)[:ROWS], use_cache=False)
     linears = len(ARCHITECTURES[name].linears)
     assert len(seen) == len(set(seen)) == linears * LAYERS + linears * 2
+
+
+# -- weights that no linear layer holds --------------------------------------------------------------
+
+
+def on_meta(config: Any) -> AddressBook:
+    """Return the addresses of a model of two layers without values."""
+    with torch.device("meta"):
+        return AddressBook(AutoModelForCausalLM.from_config(config))
+
+
+QKVO = [f"model.layers.1.{name}" for name in SEVEN[:4]]
+EXPERTS = r"mlp\.gate \(MixtralTopKRouter\), mlp\.experts \(MixtralExperts\)"
+LINEARS = (
+    RelativeGaussian(layers=(1,)),
+    DeadZone(layers=(1,), modules=("linear",), site="weight", threshold=0.3),
+    MXFP4(layers=(1,)),
+)
+
+
+@pytest.fixture(scope="module")
+def mixtral() -> AddressBook:
+    return on_meta(MixtralConfig(**{**SHAPE, "num_hidden_layers": 2}))
+
+
+@pytest.mark.parametrize("where", LINEARS, ids=["output", "weight", "mxfp4"])
+def test_linear_does_not_pass_experts_by(mixtral: AddressBook, where: Any) -> None:
+    """Their weights are parameters of one module: most of the model was left as it is, unsaid."""
+    with pytest.raises(
+        UserError,
+        match=rf"^x: modules 'linear' is every linear layer, but layer 1 .*: {EXPERTS}; .*"
+        r"exclude: \[mlp\.gate, mlp\.experts\]$",
+    ):
+        mixtral.find(where, "x")
+    for globs in (("mlp.gate", "mlp.experts"), ("mlp.*",), ("model.layers.*.mlp.*",)):
+        found = mixtral.find(where.model_copy(update={"exclude": globs}))
+        assert [address.name for address in found] == QKVO
+    with pytest.raises(UserError, match=r"reach: mlp\.experts \(MixtralExperts\); "):
+        mixtral.find(where.model_copy(update={"exclude": ("mlp.gate",)}))
+
+
+def test_what_is_named_is_not_passed_by(mixtral: AddressBook) -> None:
+    own = {"modules": ("linear", "mlp.gate"), "exclude": ("mlp.experts",)}
+    found = mixtral.find(LINEARS[0].model_copy(update=own))
+    assert [address.name for address in found] == [*QKVO, "model.layers.1.mlp.gate"]
+    alone = LINEARS[0].model_copy(update={"modules": ("*q_proj",)})
+    assert [address.name for address in mixtral.find(alone)] == QKVO[:1]
+
+
+def test_noise_on_linear_weights_does_not_pass_experts_by(mixtral: AddressBook) -> None:
+    refusal = rf"^noise: carrier 'linear_weight' .* layer 1 .*: {EXPERTS}; use carrier 'hidden'$"
+    with pytest.raises(UserError, match=refusal):
+        mixtral.carrier_sites(constant_noise(kind="linear_weight").carrier, 1)
+    for kind, sites in (("hidden", 1), ("rmsnorm_weight", 2)):
+        assert len(mixtral.carrier_sites(constant_noise(kind=kind).carrier, 1)) == sites
+
+
+@pytest.mark.parametrize(
+    ("config", "linears"),
+    [
+        (PhiConfig(num_hidden_layers=2), 6),
+        (FalconConfig(num_hidden_layers=2), 4),
+        (OPTConfig(num_hidden_layers=2), 6),
+        (GPTNeoXConfig(num_hidden_layers=2), 4),
+        (BloomConfig(n_layer=2), 4),
+        (CohereConfig(num_hidden_layers=2, use_qk_norm=True), 7),
+        (StableLmConfig(num_hidden_layers=2, qk_layernorm=True), 7),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_ordinary_layers_are_not_refused(config: Any, linears: int) -> None:
+    """The norm of Cohere's heads holds a matrix as well."""
+    book = on_meta(config)
+    assert len(book.find(MXFP4())) == 2 * linears
+    assert len(book.carrier_sites(constant_noise(kind="linear_weight").carrier, 1)) == linears
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -60,6 +60,8 @@ class AddressBook:
         layers = decoder_layers(model)
         self.layer_count = len(layers)
         self._inside: list[dict[str, Address]] = []
+        self._other: list[dict[str, Address]] = []
+        """The modules of each layer with a matrix of their own that are no linear layers."""
         for number, layer in enumerate(layers):
             prefix = self._raw[id(layer)].removeprefix(wrapper)
             inside = {".": Address(prefix, number, layer, str(number))}
@@ -70,6 +72,8 @@ class AddressBook:
                 name = name.removesuffix(_BASE)
                 inside[name] = Address(f"{prefix}.{name}", number, module, name)
             self._inside.append(inside)
+            # Now, as stacking gives every parameter one dimension more.
+            self._other.append({n: a for n, a in inside.items() if _holds_other_matrix(a)})
 
     def layer_output(self, layer: int) -> Address:
         """Return the decoder layer itself, whose output is a site."""
@@ -113,13 +117,20 @@ class AddressBook:
                 f"noise: carrier {carrier.kind!r} matches no module in layer {layer}; "
                 f"the model's decoder layers hold no {what}: use carrier 'hidden'"
             )
+        other = self._other[layer]
+        if other and carrier.site == "linear_weight":
+            raise UserError(
+                f"noise: carrier {carrier.kind!r} is for every linear layer, but layer {layer} computes "
+                f"with other weights too, which would get none: {_listed(other)}; use carrier 'hidden'"
+            )
         return found
 
     def find(self, where: Addressed, what: str = "faults") -> tuple[Address, ...]:
         """Return the modules that a fault or quantizer addresses, in model order.
 
         Raises UserError when a glob matches nothing in a declared layer: a fault that sits nowhere
-        would otherwise look harmless. `what` names the key in the message.
+        would otherwise look harmless. So it does where `linear` leaves weights out that nobody named,
+        such as those of experts. `what` names the key in the message.
         """
         found: list[Address] = []
         for layer in resolve_layers(where.layers, self.layer_count):
@@ -134,23 +145,60 @@ class AddressBook:
                         f"{LINEAR}, ., {', '.join(names)}"
                     )
                 found.extend(hit for hit in hits if hit not in found)
+            if LINEAR in where.modules:
+                self._refuse_missed(layer, found, where.exclude, what)
         return tuple(found)
+
+    def _refuse_missed(
+        self, layer: int, found: list[Address], exclude: tuple[str, ...], what: str
+    ) -> None:
+        missed = {
+            name: address
+            for name, address in self._other[layer].items()
+            if address not in found and not _is_named(name, address, exclude)
+        }
+        if missed:
+            raise UserError(
+                f"{what}: modules {LINEAR!r} is every linear layer, but layer {layer} computes with other "
+                f"weights too, which it does not reach: {_listed(missed)}; to leave them as they are, "
+                f"say exclude: [{', '.join(missed)}]"
+            )
 
     def _match(self, layer: int, pattern: str, exclude: tuple[str, ...]) -> Iterable[Address]:
         for name, address in self._inside[layer].items():
             if pattern == LINEAR:
                 if not is_linear(address.module):
                     continue
-            elif not (fnmatchcase(name, pattern) or fnmatchcase(address.name, pattern)):
+            elif not _is_named(name, address, (pattern,)):
                 continue
             is_literal = pattern in (name, address.name)
             if not is_literal and any(fnmatchcase(address.name, glob) for glob in REFUSED):
                 continue
-            if any(fnmatchcase(name, g) or fnmatchcase(address.name, g) for g in exclude):
+            if _is_named(name, address, exclude):
                 continue
             if name != "." and list(address.module.children()):
                 continue  # a container's output is its last leaf's: only leaves and whole layers are units
             yield address
+
+
+def _is_named(name: str, address: Address, globs: Iterable[str]) -> bool:
+    return any(fnmatchcase(known, glob) for known in (name, address.name) for glob in globs)
+
+
+def _listed(addresses: Mapping[str, Address]) -> str:
+    kinds = {name: type(address.module).__name__ for name, address in addresses.items()}
+    return ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+
+
+def _holds_other_matrix(address: Address) -> bool:
+    """Return whether a module holds a matrix itself and is no linear layer: experts, a router."""
+    module = address.module
+    is_known = is_linear(module) or isinstance(module, nn.Embedding)
+    if is_known or "norm" in type(module).__name__.lower():
+        return False
+    if any(fnmatchcase(address.name, glob) for glob in REFUSED):
+        return False
+    return any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
 
 
 def is_linear(module: nn.Module) -> bool:
