@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from exactness import exact
-from tiny import CLEAN, LAYERS, noise, one_pack, save_tiny_model, tiny_setting, tiny_training
+from tiny import (
+    CLEAN,
+    LAYERS,
+    noise,
+    one_pack,
+    save_tiny_model,
+    tiny_pack,
+    tiny_run,
+    tiny_setting,
+    tiny_training,
+)
 
 from aqn_tune.errors import UserError
 from aqn_tune.faults import DeadZone, FaultSpec, RelativeGaussian
@@ -16,7 +26,7 @@ from aqn_tune.injection import apply as apply_module
 from aqn_tune.injection import layout as layout_module
 from aqn_tune.injection.address import AddressBook
 from aqn_tune.injection.draws import keyed_normal
-from aqn_tune.injection.fold import Entry, fault_slots
+from aqn_tune.injection.fold import Entry, fault_slots, noise_slots
 from aqn_tune.injection.injection import Injection
 from aqn_tune.models.load import build_model, decoder_layers
 from aqn_tune.noise.carriers.hidden import Hidden
@@ -137,6 +147,32 @@ def test_noise_comes_before_the_dead_zone_of_the_same_output(model) -> None:
     noised = plain[0] + z * 0.5 * plain[0].abs()
     dead = noised.abs() < 0.2 * noised.abs().max()
     assert torch.equal(got[0], torch.where(dead, torch.zeros(()), noised))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_sigma_itself_is_not_rounded_to_bfloat16(dtype: torch.dtype) -> None:
+    policy = noise(TRAINING, {"schedule": {"kind": "constant", "sigma": 0.0157}})
+    (slot,) = noise_slots([Entry(HEALTHY, policy)], LAYERS)
+    wide = torch.promote_types(dtype, torch.float32)
+    got = slot.sigmas(0, 1, torch.zeros(1, dtype=dtype))
+    assert torch.equal(got, torch.full((1, 1, 1), 0.0157, dtype=wide))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factor", "found"),
+    [("bfloat16", 1.01, 0), ("bfloat16", 1.05, LAYERS), ("float32", 1.01, LAYERS)],
+)
+def test_the_audit_of_a_run_allows_what_rounding_does(
+    folder: Path, dtype: str, factor: float, found: int
+) -> None:
+    policy = {"schedule": {"kind": "constant", "sigma": 0.02}}
+    pack = tiny_pack(folder, [tiny_run(policy=policy)], dtype=dtype, steps=6)
+    assert not pack.failures
+    for record in pack.injection.audit.sums[0].values():
+        draws = 1e10
+        record[1:] = [draws, draws * 0.02**2, draws * (factor * 0.02) ** 2]
+    pack.audit(0)
+    assert ("noise audit: layer 0 was scheduled 0.02" in pack.failures.get(0, "")) == bool(found)
 
 
 @pytest.mark.parametrize("carrier", ["hidden", "rmsnorm_weight"])

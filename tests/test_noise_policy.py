@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from aqn_tune.errors import UserError
+from aqn_tune.injection.measure import NoiseAudit, declared_scale, within_sampling_error
 from aqn_tune.noise import EffectiveNoise, LaterMultipliers, NoisePolicy
 from aqn_tune.noise.carriers import CARRIERS, CarrierSpec
 from aqn_tune.noise.carriers.hidden import Hidden
@@ -302,6 +303,72 @@ def test_linear_weight_noise_differs_by_replicate_and_never_touches_the_weight(
     noised.values.sum().backward()
     assert torch.equal(weight.detach(), before)
     assert torch.equal(weight.grad, torch.full((5, 7), 3.0)), "abs(w) is taken without gradient"
+
+
+CARRIED = [Hidden(), LinearWeight(), LinearWeight(relative=True), RmsnormWeight()]
+LOWEST = 0.0157
+"""A sigma just above the smallest that a study may have in bfloat16."""
+
+
+def noised_in(
+    dtype: torch.dtype, carrier: CarrierSpec, x: torch.Tensor, sigma: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return x and its draws in a type, and x with noise."""
+    z = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    sigmas = torch.full((1, 1, 1), sigma, dtype=torch.float64)
+    noised = carrier.add(x.to(dtype), sigmas, z)
+    assert noised.values.dtype == dtype
+    return x.to(dtype), z, noised.values
+
+
+@pytest.mark.parametrize("carrier", CARRIED, ids=repr)
+def test_noise_is_rounded_once(carrier: CarrierSpec) -> None:
+    """In bfloat16 sigma itself would be off by up to 0.4 %; wider types keep every bit."""
+    weights = torch.randn(1, 300, 200, generator=torch.Generator().manual_seed(1))
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        x, z, noised = noised_in(dtype, carrier, weights, LOWEST)
+        wide = torch.promote_types(dtype, torch.float32)
+        noise = z.to(wide) * torch.tensor(LOWEST, dtype=wide)
+        if declared_scale(carrier, x).unique().numel() > 1:
+            noise = noise * x.abs()
+        assert torch.equal(noised, (x.to(wide) + noise).to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("factor", "is_wrong"), [(1.0, False), (1.05, True), (0.95, True), (1.2, True)]
+)
+@pytest.mark.parametrize("values", ["normal", "just above a power of two"])
+@pytest.mark.parametrize("carrier", CARRIED, ids=repr)
+def test_an_audit_of_millions_of_draws_in_bfloat16(
+    carrier: CarrierSpec, values: str, factor: float, is_wrong: bool
+) -> None:
+    """Rounding adds up to 1 % to the smallest sigma there is; a wrong multiplier adds more."""
+    x = torch.randn(1, 2000, 1500, generator=torch.Generator().manual_seed(1))
+    if values != "normal":
+        x = torch.full_like(x, 1.0625)
+    audit = NoiseAudit(1)
+    plain, _, noised = noised_in(torch.bfloat16, carrier, x, LOWEST * factor)
+    audit.look(0, 3, LOWEST, carrier, plain[0], noised[0])
+    assert list(audit.failures) == [0] * is_wrong
+
+
+@pytest.mark.parametrize(
+    ("dtype", "realised", "is_close"),
+    [
+        (torch.bfloat16, 1.0104, True),
+        (torch.bfloat16, 1.0143, True),
+        (torch.bfloat16, 1.02, False),
+        (torch.bfloat16, 0.98, False),
+        (torch.float32, 1.001, True),
+        (torch.float32, 1.004, False),
+        (torch.float64, 0.996, False),
+    ],
+)
+def test_what_rounding_may_do_to_a_standard_deviation(
+    dtype: torch.dtype, realised: float, is_close: bool
+) -> None:
+    assert within_sampling_error(realised, 1.0, 10**10, dtype) == is_close
+    assert not within_sampling_error(realised, 1.0, 0, dtype)
 
 
 def test_every_carrier_is_registered_under_its_kind_and_has_a_site() -> None:

@@ -138,12 +138,13 @@ class NoiseSlot:
         return numbers
 
     def sigmas(self, step: int, layer: int, like: Tensor) -> Tensor:
-        """Return `level` [K, 1, 1] in the type and on the device of `like`."""
+        """Return `level` [K, 1, 1] on the device of `like`, in its type or in float32 where that is finer."""
         self.levels(step, layer)
-        key = (like.dtype, like.device)
+        key = (torch.promote_types(like.dtype, torch.float32), like.device)
         if key not in self._levels:
             levels = self.sigma[step] * self.multipliers[step]
-            self._levels[key] = levels.to(like).view(*levels.shape, 1, 1).unbind()
+            levels = levels.to(dtype=key[0], device=key[1])
+            self._levels[key] = levels.view(*levels.shape, 1, 1).unbind()
         sigma: Tensor = self._levels[key][layer]
         return sigma
 

@@ -164,7 +164,7 @@ def _with_redraw_as_met(noise: EffectiveNoise, training: TrainingSpec) -> Effect
 
 
 BFLOAT16_SIGMA = 2.0**-6
-"""Smallest relative noise that bfloat16 carries: four times the distance of neighbouring numbers."""
+"""Smallest relative noise that bfloat16 carries: two to four times the distance of neighbouring numbers."""
 
 
 def _refuse_lost_noise(noise: EffectiveNoise) -> None:

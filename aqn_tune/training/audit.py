@@ -8,6 +8,8 @@ from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
+import torch
+
 from aqn_tune.faults.base import GRADIENT_SITES
 from aqn_tune.injection.address import AddressBook
 from aqn_tune.injection.injection import Injection
@@ -16,6 +18,7 @@ from aqn_tune.ledger.rows import Audit, NoiseMeasure
 from aqn_tune.noise.effective import EffectiveNoise
 from aqn_tune.study.runs import Run
 from aqn_tune.training.arena import Arena
+from aqn_tune.training.stacked import computes_in
 
 
 class Audited(NamedTuple):
@@ -112,7 +115,10 @@ def audit_run(
         if got != wanted:
             mismatches.append(f"{what} audit: declared {wanted}, happened {got}")
     mismatches += [f"fault audit: {text}" for text in _idle_faults(injection, replica, steps)]
-    mismatches += [f"noise audit: {text}" for text in _noise_mismatches(run, steps, measures)]
+    dtype = computes_in(book.model)
+    mismatches += [
+        f"noise audit: {text}" for text in _noise_mismatches(run, steps, measures, dtype)
+    ]
     if not weights_unchanged:
         mismatches.append("weight audit: frozen weights changed during training")
     audit = Audit(
@@ -237,8 +243,10 @@ def _scheduled(run: Run, layer: int, steps: Sequence[int]) -> _Scheduled:
     )
 
 
-def _noise_mismatches(run: Run, steps: int, measures: Sequence[NoiseMeasure]) -> Iterator[str]:
-    """Yield each layer whose measured noise is not what the run declares."""
+def _noise_mismatches(
+    run: Run, steps: int, measures: Sequence[NoiseMeasure], dtype: torch.dtype
+) -> Iterator[str]:
+    """Yield each layer whose measured noise, in a model of type `dtype`, is not what the run declares."""
     realised = {measure.layer: measure for measure in measures}
     looked_at = [step for step in range(steps) if is_audited(run, step)]
     layers = len(run.noise.multipliers) if run.noise and looked_at else 0
@@ -248,7 +256,7 @@ def _noise_mismatches(run: Run, steps: int, measures: Sequence[NoiseMeasure]) ->
         if measure is None and wanted.rms > 0:
             yield f"layer {layer} was scheduled {wanted.rms:.6g} and got none"
         elif measure is not None and not within_sampling_error(
-            measure.realised, wanted.rms, int(measure.draws * wanted.weight)
+            measure.realised, wanted.rms, int(measure.draws * wanted.weight), dtype
         ):
             yield f"layer {layer} was scheduled {wanted.rms:.6g} and got {measure.realised:.6g}"
     for layer in realised:

@@ -182,6 +182,13 @@ def stack(model: nn.Module, arena: Arena) -> list[Stacked]:
     return stacked
 
 
+def computes_in(model: nn.Module) -> torch.dtype:
+    """Return the number format that a model computes in, which may have fewer bits than its weights are kept in."""
+    kept = next(model.parameters()).dtype
+    rounded = (module.rounded_to for module in model.modules() if isinstance(module, Stacked))
+    return next((dtype for dtype in rounded if dtype is not None), kept)
+
+
 def transposed_weights(model: nn.Module) -> frozenset[str]:
     """Return the names of the weights that belong transposed in the arena: those that only nn.Linear uses.
 

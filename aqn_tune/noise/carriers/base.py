@@ -29,6 +29,21 @@ class Noised(NamedTuple):
     deviation of sigma wherever scale is not 0."""
 
 
+def with_noise(x: Tensor, sigma: Tensor, z: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Return x + sigma * z, or x + sigma * z * scale, in x's type.
+
+    A type narrower than float32 is left for the sum and rounded to once: rounded at every step, sigma
+    itself would be off.
+    """
+    import torch
+
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    noise = z.to(dtype) * sigma.to(dtype)
+    if scale is not None:
+        noise.mul_(scale)
+    return (x + noise).to(x.dtype)
+
+
 def unit_scale(x: Tensor) -> Tensor:
     """Return the scale of absolute noise on `x`: one everywhere."""
     return _one(x.dtype, x.device).expand_as(x)
@@ -55,7 +70,7 @@ class CarrierSpec(Spec):
         Args:
             x: layer_output: hidden states [K, N, D]; norm_weight: the weight [K, 1, D];
                 linear_weight: the weight [K, D_out, D_in].
-            sigma: Standard deviation of each replicate, float64 or of x's type, [K, 1, 1]; 0 changes no bit.
+            sigma: Standard deviation of each replicate, float32 or float64, [K, 1, 1]; 0 changes no bit.
             z: Standard normal draws of x's shape, fresh as often as the policy's `redraw` says.
         """
 

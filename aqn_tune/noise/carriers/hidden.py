@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from aqn_tune.noise.carriers.base import CarrierSpec, Noised, NoiseSite
+from aqn_tune.noise.carriers.base import CarrierSpec, Noised, NoiseSite, with_noise
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,4 +23,4 @@ class Hidden(CarrierSpec):
     def add(self, x: Tensor, sigma: Tensor, z: Tensor) -> Noised:
         """Return h + sigma * abs(h) * z; see `CarrierSpec.add` for shapes."""
         scale = x.detach().abs()
-        return Noised(x + (z * sigma.to(x.dtype)).mul_(scale), scale)
+        return Noised(with_noise(x, sigma, z, scale), scale)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from aqn_tune.noise.carriers.base import CarrierSpec, Noised, NoiseSite, unit_scale
+from aqn_tune.noise.carriers.base import CarrierSpec, Noised, NoiseSite, unit_scale, with_noise
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,11 +31,10 @@ class LinearWeight(CarrierSpec):
 
     def add(self, x: Tensor, sigma: Tensor, z: Tensor) -> Noised:
         """Return the noised weight of each replicate, [K, D_out, D_in]; see `CarrierSpec.add`."""
-        noise = z * (sigma if sigma.dtype == x.dtype else sigma.to(x.dtype))
         if not self.relative:
-            return Noised(x + noise, unit_scale(x))
+            return Noised(with_noise(x, sigma, z), unit_scale(x))
         scale = x.detach().abs()
-        return Noised(x + noise.mul_(scale), scale)
+        return Noised(with_noise(x, sigma, z, scale), scale)
 
     def cautions(self, peak: float) -> tuple[str, ...]:
         """Warn of an absolute sigma above what is known to train; see `CarrierSpec.cautions`."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from aqn_tune.noise.carriers.base import CarrierSpec, Noised, NoiseSite, unit_scale
+from aqn_tune.noise.carriers.base import CarrierSpec, Noised, NoiseSite, unit_scale, with_noise
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,8 +27,7 @@ class RmsnormWeight(CarrierSpec):
 
     def add(self, x: Tensor, sigma: Tensor, z: Tensor) -> Noised:
         """Return the noised weight of each replicate, [K, 1, D]; see `CarrierSpec.add`."""
-        noise = z * (sigma if sigma.dtype == x.dtype else sigma.to(x.dtype))
         if not self.relative:
-            return Noised(x + noise, unit_scale(x))
+            return Noised(with_noise(x, sigma, z), unit_scale(x))
         scale = x.detach().abs()
-        return Noised(x + noise.mul_(scale), scale)
+        return Noised(with_noise(x, sigma, z, scale), scale)
