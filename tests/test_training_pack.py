@@ -20,6 +20,7 @@ from tiny import (
     tiny_setting,
     tiny_training,
 )
+from torch import Tensor, nn
 
 from aqn_tune.faults import DeadZone, RelativeGaussian
 from aqn_tune.models.load import build_model, decoder_layers, load_tokenizer
@@ -111,6 +112,32 @@ def test_a_diverging_neighbour_fails_alone(folder: Path) -> None:
     assert pack.train_losses[1] == train(folder, [run]).train_losses[0]
 
 
+@pytest.mark.parametrize(("row", "microbatch"), [(0, 0), (3, 1)])
+def test_a_value_that_is_not_finite_is_found_in_its_microbatch(
+    folder: Path, row: int, microbatch: int
+) -> None:
+    """Where only the first was looked at, the loss was to blame for what the second brought."""
+    training = tiny_training(gradient_accumulation_steps=2)
+    pack = train(folder, [tiny_run(training=training)], steps=0)
+    numbers = pack._order.indices(2, 0)
+    bad = pack.data.tokens[int(numbers[row])]
+    seen: list[bool] = []
+
+    def spoil(module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
+        hit = (args[0] == bad).all(dim=1)
+        seen.append(bool(hit.any()))
+        return out.masked_fill(hit[:, None, None], math.nan)
+
+    embeddings = pack.model.get_input_embeddings()  # type: ignore[operator]
+    embeddings.register_forward_hook(spoil)
+    pack.train_to(1)
+    assert seen[:2] == [microbatch == 0, microbatch == 1]
+    assert pack.failures == {
+        0: "training loss is nan at step 0; the first value that is not finite comes from "
+        "model.embed_tokens"
+    }
+
+
 @pytest.fixture(scope="module")
 def dropping(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose decoder layers drop out values themselves, by their own flag."""
@@ -162,6 +189,18 @@ def test_checkpointing_turns_no_dropout_on(dropping: Path) -> None:
     )
     assert first == second
     assert first == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_search_for_a_culprit_drops_nothing_out(dropping: Path) -> None:
+    """It is to repeat the pass that failed."""
+    method = {"kind": "lora", "rank": 4, "target_modules": ("q_proj", "v_proj")}
+    training = tiny_training(method=method, gradient_checkpointing=True)
+    pack = train(dropping, [tiny_run(training=training)], steps=1)
+    outputs: list[Tensor] = []
+    decoder_layers(pack.model)[-1].register_forward_hook(lambda m, a, out: outputs.append(out))
+    for _ in range(2):
+        assert pack._first_nonfinite(0) == "the loss"
+    assert torch.equal(*outputs)
 
 
 def true_float64_rmsnorm(self, hidden_states):

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 
-def first_nonfinite(model: nn.Module, forward: Callable[[], Any], replica: int, of: int) -> str:
+def first_nonfinite(
+    model: nn.Module, forward: Callable[[], Any], replica: int, of: int
+) -> str | None:
     """Run `forward` once more and return the first module whose output for a replica is not finite.
 
-    The model sees `of` replicas of equally many rows. Returns a phrase such as "model.layers.10", or
-    "the loss" when every module's output is finite. Draws are keyed, so the pass is the one that failed.
+    The model sees `of` replicas of equally many rows. Returns a name such as "model.layers.10", None
+    when every module's output is finite. Draws are keyed, so the pass is the one that was made before.
     """
     found: list[str] = []
 
@@ -38,4 +40,4 @@ def first_nonfinite(model: nn.Module, forward: Callable[[], Any], replica: int, 
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else "the loss"
+    return found[0] if found else None

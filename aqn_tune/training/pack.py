@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -244,14 +245,20 @@ class ReplicaPack:
         return [total.sum() for total in totals.chunk(len(self.runs))]
 
     def _first_nonfinite(self, replica: int) -> str:
-        microbatch = self._microbatches()[0]
+        """Return where the first value of a replica that is not finite comes from, in this step."""
 
-        def again() -> None:
-            self._begin(microbatch, 0, audited=frozenset())
+        def again(batch: TokenSet, number: int) -> None:
+            self._begin(batch, number, audited=frozenset())
             self.injection.forward_done()
-            answer_logits(self.model, microbatch)
+            answer_logits(self.model, batch)
 
-        return first_nonfinite(self.model, again, replica, len(self.runs))
+        with not_in_training(self.book.layers()):
+            for number, batch in enumerate(self._microbatches()):
+                forward = partial(again, batch, number)
+                name = first_nonfinite(self.model, forward, replica, len(self.runs))
+                if name is not None:
+                    return name
+        return "the loss"
 
     def _seed_of(self, replica: int, path: tuple[str | int, ...]) -> int:
         stream, *place = path
