@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from aqn_tune.study.device import Device
 from aqn_tune.study.keys import content_hash
 from aqn_tune.study.runs import Condition, Run
 from aqn_tune.study.seeds import stream_seed
+from aqn_tune.training import pack as pack_module
 from aqn_tune.training.engine import ENGINE
 from aqn_tune.training.evaluate import evaluate
 from aqn_tune.training.learning_rate import learning_rate
@@ -136,6 +138,31 @@ def test_a_value_that_is_not_finite_is_found_in_its_microbatch(
         0: "training loss is nan at step 0; the first value that is not finite comes from "
         "model.embed_tokens"
     }
+
+
+def test_frozen_weights_are_read_once_for_all_runs_of_a_rung(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    hash_of = pack_module._hash_of
+
+    def counted(tensors: Mapping[str, Tensor]) -> str:
+        read.append(len(tensors))
+        return hash_of(tensors)
+
+    monkeypatch.setattr(pack_module, "_hash_of", counted)
+    setting = tiny_setting(folder)
+    training = tiny_training(steps=2)
+    runs = [tiny_run(seed=seed, training=training) for seed in (2, 4, 6)]
+    opened = ENGINE.open_pack(
+        one_pack(*runs, rungs=(1, 2)), setting, ENGINE.load(setting, "test", 64)
+    )
+    opened.advance()
+    read.clear()
+    report = opened.advance()
+    assert [row.status for row in report.trainings] == ["finished"] * 3
+    # For the audits, and all weights before and after the evaluation.
+    assert len(read) == 3
 
 
 @pytest.fixture(scope="module")

@@ -119,8 +119,9 @@ class TorchPack:
         keys = self._keys[group.first : group.first + len(member.runs)]
         member.train_to(step)
         member.fail_where_short(step)
+        unchanged = member.frozen_unchanged()
         audits = {
-            replica: member.audit(replica)
+            replica: member.audit(replica, frozen_unchanged=unchanged)
             for replica in range(len(member.runs))
             if replica not in member.failures
         }

@@ -278,9 +278,18 @@ class ReplicaPack:
 
     # -- what was injected -------------------------------------------------------------------------
 
-    def audit(self, replica: int) -> Audit:
+    def frozen_unchanged(self) -> bool:
+        """Return whether the frozen weights are what they began as; it reads them all."""
+        return self._hash_frozen() == self._frozen_hash
+
+    def audit(self, replica: int, *, frozen_unchanged: bool | None = None) -> Audit:
         """Return what was attached to and injected into one run, and mark it failed if that is not
-        what it declares, or if frozen weights changed."""
+        what it declares, or if frozen weights changed.
+
+        Give `frozen_unchanged` where several are audited: else each asks by itself.
+        """
+        if frozen_unchanged is None:
+            frozen_unchanged = self.frozen_unchanged()
         audited = audit_run(
             self.runs[replica],
             self.injection,
@@ -288,7 +297,7 @@ class ReplicaPack:
             replica=replica,
             steps=self.step,
             trainable_parameters=self.arena.trained_size(replica),
-            weights_unchanged=self._hash_frozen() == self._frozen_hash,
+            weights_unchanged=frozen_unchanged,
         )
         for mismatch in audited.mismatches:
             self._fail(replica, mismatch)
