@@ -123,6 +123,7 @@ def build(
     attention: str = "eager",
     dtype: torch.dtype = torch.float64,
     adapters: bool = False,
+    heads: int = 2,
 ) -> nn.Module:
     """Return a frozen random model, with PEFT adapters that do something if asked."""
     from peft import LoraConfig, get_peft_model
@@ -131,7 +132,9 @@ def build(
     with torch.random.fork_rng():
         torch.manual_seed(3)
         model = AutoModelForCausalLM.from_config(
-            kind.config(**SHAPE), attn_implementation=attention, dtype=dtype
+            kind.config(**{**SHAPE, "num_attention_heads": heads}),
+            attn_implementation=attention,
+            dtype=dtype,
         )
         with torch.no_grad():
             for parameter in model.parameters():
@@ -640,21 +643,29 @@ def test_ordinary_layers_are_not_refused(config: Any, linears: int) -> None:
     assert len(book.carrier_sites(constant_noise(kind="linear_weight").carrier, 1)) == linears
 
 
-@pytest.mark.parametrize(
-    ("name", "heads_first"), [("qwen3", False), ("gemma3", True)], ids=["qwen3", "gemma3"]
-)
-def test_a_norm_of_attention_heads_is_a_site(name: str, heads_first: bool) -> None:
-    """A token's reference spans its heads; padding enters no maximum over the tensor."""
+HEADS = [
+    pytest.param(name, first, heads, id=f"{name}-{heads}-heads")
+    for name, first in (("qwen3", False), ("gemma3", True))
+    for heads in (2, TOKENS)
+]
+
+
+@pytest.mark.parametrize(("name", "heads_first", "heads"), HEADS)
+def test_a_norm_of_attention_heads_is_a_site(name: str, heads_first: bool, heads: int) -> None:
+    """A token's reference spans its heads; padding enters no maximum over the tensor.
+
+    With as many heads as tokens the shape does not say which are which.
+    """
     for reference in ("token_max", "tensor_max"):
         fault = DeadZone(
             layers=(1,), modules=("self_attn.q_norm",), threshold=0.6, reference=reference
         )
-        model = build(name)
+        model = build(name, heads=heads)
         by_hand = copy.deepcopy(model)
 
         def hook(module: nn.Module, args: Any, q: Tensor, reference: str = reference) -> Tensor:
             by_token = q.transpose(1, 2) if heads_first else q  # [rows, T, heads, d]
-            assert by_token.shape == (ROWS, TOKENS, 2, 16)
+            assert by_token.shape == (ROWS, TOKENS, heads, 16)
             size = by_token.abs().flatten(2).amax(dim=2)
             if reference == "tensor_max":
                 size = size.flatten()[VALID[0]].max().expand_as(size)

@@ -44,4 +44,7 @@ class FoldView(NamedTuple):
     def _heads_first(self, x: Tensor) -> bool:
         """Return whether `x` is [rows, heads, T, D] and not [rows, T, heads, D]."""
         length = self.tokens * self.replicas // x.shape[0]
-        return x.dim() == 4 and x.shape[1] != length and x.shape[2] == length
+        if x.dim() != 4 or x.shape[2] != length:
+            return False
+        # With as many heads as tokens the memory tells: a projection writes a token's heads side by side.
+        return x.shape[1] != length or x.stride(1) < x.stride(2)
