@@ -35,7 +35,7 @@ from aqn_tune.training.arena import Arena
 from aqn_tune.training.engine import ENGINE
 from aqn_tune.training.evaluate import evaluate
 from aqn_tune.training.pack import ReplicaPack
-from aqn_tune.training.stacked import Stacked, obstacle, stack, transposed_weights
+from aqn_tune.training.stacked import Stacked, computes_in, obstacle, stack, transposed_weights
 from aqn_tune.training.trained import make_trained
 
 torch.set_num_threads(1)
@@ -326,6 +326,7 @@ def test_a_stacked_bfloat16_model_computes_what_the_model_does(name: str) -> Non
     shapes = {name: parameter.shape for name, parameter in twin.named_parameters()}
     arena = Arena(shapes, 2, torch.float32, transposed=transposed_weights(twin))
     stack(twin, arena)
+    assert computes_in(twin) == computes_in(base) == torch.bfloat16
     ids = torch.randint(0, 64, (4, 8), generator=torch.Generator().manual_seed(5))
     embedded = [model.get_input_embeddings()(ids) for model in (base, twin)]
     assert torch.equal(*embedded), "Gemma scales by a number of the weight's own format"

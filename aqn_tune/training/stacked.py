@@ -183,7 +183,7 @@ def stack(model: nn.Module, arena: Arena) -> list[Stacked]:
 
 
 def computes_in(model: nn.Module) -> torch.dtype:
-    """Return the number format that a model computes in, which may have fewer bits than its weights are kept in."""
+    """Return the number format of a model's arithmetic; its weights may be kept in one of more bits."""
     kept = next(model.parameters()).dtype
     rounded = (module.rounded_to for module in model.modules() if isinstance(module, Stacked))
     return next((dtype for dtype in rounded if dtype is not None), kept)
