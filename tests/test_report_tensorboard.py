@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from fake_ledger import CONFIGS, STEPS, Fake, confirm_rows, make_study, write_fake
 
+from aqn_tune.errors import UserError
 from aqn_tune.ledger import Ledger
 from aqn_tune.ledger.rows import CellRow, EvaluationRow
 from aqn_tune.report.custom_scalars import CHARTS
@@ -26,7 +27,9 @@ from aqn_tune.report.hparams import arm_params, columns, config_params, session_
 from aqn_tune.report.tensorboard import TensorBoardWriter, rebuild
 from aqn_tune.study.arms import ArmSpec
 from aqn_tune.study.cells import named_arms
+from aqn_tune.study.checks import check_study
 from aqn_tune.study.folder import StudyFolder
+from aqn_tune.study.space import SpaceSpec
 from aqn_tune.study.space_checks import corners
 from aqn_tune.study.sweep import resolve_scenarios
 
@@ -345,6 +348,23 @@ SPACES: dict[str, dict[str, Any]] = {
         "multiplier_3": {"kind": "fixed", "value": 0.3, "when": {"targeting": ["multipliers"]}},
     },
 }  # fmt: skip
+
+
+def test_a_folder_whose_space_is_refused_today_still_has_its_columns(tmp_path: Path) -> None:
+    """Its draws were arms. That others would be none is a reason to refuse a study, not a report."""
+    search = {"space": {"dimensions": {"rank": {"kind": "int", "low": 2, "high": 4}}}, "configs": 3}
+    study = make_study(tmp_path, search=search, **SMALL)
+    assert study.search is not None
+    crossing = {
+        "targeting": {"kind": "fixed", "value": "depth"},
+        "depth_low": {"kind": "float", "low": 0.0, "high": 0.6},
+        "depth_high": {"kind": "float", "low": 0.4, "high": 1.0},
+    }
+    space = SpaceSpec.model_validate({"dimensions": crossing})
+    old = study.model_copy(update={"search": study.search.model_copy(update={"space": space})})
+    with pytest.raises(UserError):
+        check_study(old, resolve_scenarios(old), 28)
+    assert set(crossing) <= set(columns(old, resolve_scenarios(old)))
 
 
 @pytest.mark.parametrize("name", SPACES)

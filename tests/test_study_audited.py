@@ -8,6 +8,7 @@ import random
 from typing import Any
 
 import pytest
+import torch
 
 from aqn_tune.ledger.rows import NoiseMeasure
 from aqn_tune.noise import EffectiveNoise, NoisePolicy
@@ -142,11 +143,11 @@ def test_few_draws_under_a_falling_sigma_raise_no_false_alarm() -> None:
     run = run_with(policy.resolve(steps=60, layer_count=1, fault_layers=(0,)))
     rng = random.Random(0)
     alarms = [
-        list(audit._noise_mismatches(run, 60, [measured(run, rng, draws=128)]))
+        list(audit._noise_mismatches(run, 60, [measured(run, rng, draws=128)], torch.float32))
         for _ in range(20_000)
     ]
     assert not any(alarms)
     # 128 draws in each of two steps of a sigma: half too much or too little cannot be chance.
     for factor in (0.5, 1.5):
         wrong = measured(run, rng, draws=128, factor=factor)
-        assert list(audit._noise_mismatches(run, 60, [wrong]))
+        assert list(audit._noise_mismatches(run, 60, [wrong], torch.float32))

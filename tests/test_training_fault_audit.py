@@ -98,6 +98,23 @@ def test_of_two_runs_of_a_fault_the_one_at_whose_level_nothing_changes(folder: P
         assert [bool(text) for text in failures(folder, runs)] == [False, True, False], site
 
 
+@pytest.mark.parametrize("site", ["grad_output", "grad_input"])
+@pytest.mark.parametrize(("skip", "fails"), [((1,), False), ((2,), True)])
+def test_the_gradient_of_a_layer_that_is_left_out_is_not_asked(
+    folder: Path, site: str, skip: tuple[int, ...], fails: bool
+) -> None:
+    """It is zero there whatever the fault; at other layers the limit that nothing reaches shows."""
+    run = a_run(saturation(site)).model_copy(update={"skip": skip})
+    assert [bool(text) for text in failures(folder, [run])] == [fails]
+    acting = a_run(saturation(site, limit=1e-9)).model_copy(update={"skip": skip})
+    assert failures(folder, [acting]) == [""]
+
+
+def test_a_fault_may_act_late(folder: Path) -> None:
+    """What is idle at a rung may act before the end."""
+    assert failures(folder, [a_run(saturation())], steps=STEPS - 1) == [""]
+
+
 def test_an_untrained_base_is_not_asked(folder: Path) -> None:
     assert failures(folder, [a_run(saturation())], steps=0) == [""]
 

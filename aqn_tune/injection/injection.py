@@ -318,7 +318,8 @@ class Injection:
         measured = tally if self.measures else None
         masks = self._masks.setdefault((address.name, id(slot)), {}) if slot.is_masked else None
         out = apply_fault(acting, x, self._valid, partial(self.draws, address), measured, masks)
-        tally.watch(acting, x, out, self._valid)
+        if not self.measures:
+            tally.watch(acting, x, out, self._valid)
         return out
 
     # -- the context of a pass, for weights --------------------------------------------------------

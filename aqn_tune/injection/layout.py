@@ -154,7 +154,7 @@ class Layout:
         addresses = self._book.find(slot.spec)
         tally = FaultTally(slot.spec.kind, torch.zeros(self.replicas, dtype=torch.int64))
         tally.sites = len(addresses)
-        tally.unseen = set(slot.active)
+        tally.unseen = set(slot.active) - set(slot.idle)
         self.faults.append(PlacedFault(slot, addresses, tally))
         for address in addresses:
             if slot.spec.site == "weight":

@@ -21,8 +21,10 @@ def rounding_share(dtype: torch.dtype) -> float:
     """Return how far rounding in a type may move a standard deviation, as a share of it.
 
     A sum that is rounded to multiples of d carries d^2 / 12 more variance. In bfloat16 d is at most 2^-7
-    of the value, half of the smallest sigma that a study may ask for there (`BFLOAT16_SIGMA`):
-    sqrt(1 + 1 / 48) - 1 is 1.04 %. The draws are rounded too, by at most 2^-8 of themselves, 0.39 %.
+    of the value. Where noise is relative to the value that is half of the smallest sigma that a study may
+    ask for there (`BFLOAT16_SIGMA`): sqrt(1 + 1 / 48) - 1 is 1.04 %. The draws are rounded too, by at most
+    2^-8 of themselves, 0.39 %. Absolute noise on weights above 2 is rounded to coarser steps, and may fail
+    its audit.
     """
     return 1.5e-2 if dtype == torch.bfloat16 else 2e-3
 

@@ -181,7 +181,8 @@ class WeightSite:
                     alone, before, valid, draws_of, mine if context.measures else None
                 )
                 tally.absorb(mine, alike)
-                tally.watch(alone, before, weight, valid, alike)
+                if not context.measures:
+                    tally.watch(alone, before, weight, valid, alike)
         for quantizer, total in self.quantizers:
             if replica in quantizer.active:
                 only = replace(quantizer, active=(0,))
@@ -213,7 +214,8 @@ class WeightSite:
             draws_of = partial(context.draws, self.address)
             before = weight
             weight = apply_fault(slot, before, valid, draws_of, tally if context.measures else None)
-            tally.watch(slot, before, weight, valid)
+            if not context.measures:
+                tally.watch(slot, before, weight, valid)
         for quantizer, total in self.quantizers:
             measured = total if context.measures else None
             weight = apply_quantizer(

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+from aqn_tune.errors import UserError
 from aqn_tune.report.hparam_values import arm_params as arm_params
 from aqn_tune.report.hparam_values import config_params as config_params
 from aqn_tune.report.hparam_values import is_number, with_defaults
@@ -90,7 +91,11 @@ def columns(study: Study, scenarios: Sequence[Scenario]) -> dict[str, bool]:
             else:
                 add(name, dimension.kind != "fixed" or is_number(dimension.value))
         for point in corners(space):
-            for name, value in config_params(point).items():
+            try:
+                params = config_params(point)
+            except UserError:
+                continue  # of a folder from before such a space was refused: no config is this point
+            for name, value in params.items():
                 add(name, is_number(value))
     return table
 

@@ -114,7 +114,7 @@ def audit_run(
     ):
         if got != wanted:
             mismatches.append(f"{what} audit: declared {wanted}, happened {got}")
-    mismatches += [f"fault audit: {text}" for text in _idle_faults(injection, replica, steps)]
+    mismatches += [f"fault audit: {text}" for text in _idle_faults(run, injection, replica, steps)]
     dtype = computes_in(book.model)
     mismatches += [
         f"noise audit: {text}" for text in _noise_mismatches(run, steps, measures, dtype)
@@ -154,14 +154,20 @@ def _fault_calls(
     return got, due
 
 
-def _idle_faults(injection: Injection, replica: int, steps: int) -> Iterator[str]:
+def _idle_faults(run: Run, injection: Injection, replica: int, steps: int) -> Iterator[str]:
     """Yield each fault of a run that was in place at every step and changed nothing at any.
 
-    An evaluation says so of the faults that it meets; those of training alone are met here only.
+    An evaluation says so of the faults that it meets; those of training alone are met here only. A fault may
+    act late, as gradients and activations grow, so ask at the end.
     """
-    for slot, _, tally in injection.layout.faults:
-        rests = replica in slot.idle or slot.spec.may_rest()
-        if steps and replica in tally.unseen and not rests:
+    if steps < run.training.steps:
+        return
+    for slot, addresses, tally in injection.layout.faults:
+        # The gradient of a layer that is left out is zero, and zero stays zero.
+        reaches = slot.spec.site not in GRADIENT_SITES or any(
+            address.layer not in run.skip for address in addresses
+        )
+        if replica in tally.unseen and reaches and not slot.spec.may_rest():
             place = f"{slot.spec.kind} at {slot.spec.site}"
             yield f"{place} changed no value in {steps} steps: it trained as without the fault"
 
