@@ -550,18 +550,23 @@ def test_the_options_of_a_run_reach_the_study(
 NOTHING_LEFT = "nothing is left to train, so --no-reuse trains nothing"
 
 
+def write_inline_demo(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Stand in `folder`, with a study `demo.yaml` whose packs run in this process."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("aqn_tune.search.cluster.ray_session", nullcontext)
+    monkeypatch.setattr("aqn_tune.confirm.runner.execute", inline)
+    Path("demo.yaml").write_text(
+        "study: demo\nscenario: {faults: [{kind: dead_zone, layers: [10], threshold: 0.2}]}\n"
+    )
+
+
 def test_no_reuse_says_that_a_study_with_nothing_left_trains_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     real_engine: Callable[[Engine], None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("aqn_tune.search.cluster.ray_session", nullcontext)
-    monkeypatch.setattr("aqn_tune.confirm.runner.execute", inline)
-    Path("demo.yaml").write_text(
-        "study: demo\nscenario: {faults: [{kind: dead_zone, layers: [10], threshold: 0.2}]}\n"
-    )
+    write_inline_demo(monkeypatch, tmp_path)
     real_engine(synthetic_engine())
     ledger = study_folder(load_study("demo.yaml")).ledger
     assert not ledger.exists()
@@ -586,12 +591,7 @@ def test_a_broken_calibration_costs_a_finished_study_nothing(
     content: bytes,
 ) -> None:
     """The original bug: it ended the study behind its last training, before the report."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("aqn_tune.search.cluster.ray_session", nullcontext)
-    monkeypatch.setattr("aqn_tune.confirm.runner.execute", inline)
-    Path("demo.yaml").write_text(
-        "study: demo\nscenario: {faults: [{kind: dead_zone, layers: [10], threshold: 0.2}]}\n"
-    )
+    write_inline_demo(monkeypatch, tmp_path)
     real_engine(synthetic_engine())
     calibration = tmp_path / "runs" / "calibration.json"
     calibration.parent.mkdir()

@@ -39,6 +39,16 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out
 
 
+def shown_within(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, what: str
+) -> str:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = shown(capsys, what)
+    assert max(len(line) for line in text.splitlines()) <= columns
+    assert "…" not in text, "something is cut off"
+    return text
+
+
 def parameters(capsys: pytest.CaptureFixture[str], what: str, kind: str) -> dict[str, Any]:
     found = json.loads(shown(capsys, what, "--json"))[kind]["parameters"]
     return {parameter["name"]: parameter for parameter in found}
@@ -67,10 +77,7 @@ def test_json_has_every_parameter_of_every_kind(
 def test_text_has_every_parameter_and_keeps_to_the_width(
     what: str, columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", str(columns))
-    text = shown(capsys, what)
-    assert max(len(line) for line in text.splitlines()) <= columns
-    assert "…" not in text, "something is cut off"
+    text = shown_within(columns, capsys, monkeypatch, what)
     words = " ".join(text.split())
     for kind, model in LISTS[what].items():
         assert f"\n{kind}\n" in text
@@ -210,10 +217,7 @@ def test_what_a_key_of_the_study_takes(
 def test_the_study_and_the_space_keep_to_the_width(
     what: str, columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", str(columns))
-    text = shown(capsys, what)
-    assert max(len(line) for line in text.splitlines()) <= columns
-    assert "…" not in text, "something is cut off"
+    assert shown_within(columns, capsys, monkeypatch, what)
 
 
 def test_every_dimension_is_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -127,6 +127,17 @@ def test_a_searched_learning_rate_makes_the_none_twin_a_training_of_its_own(tmp_
     assert plan.confirm.most.trainings == 36 + 18
 
 
+def test_finalists_whose_rank_is_searched_may_need_packs_of_their_own(tmp_path: Path) -> None:
+    """36 runs go into five packs of eight; those of six arms, each of a rank of its own, into six."""
+    confirm = {"finalists": 2, "replicates": 6}
+    for name, packs in (("learning_rate", 5), ("rank", 6)):
+        dimensions = {name: {"kind": "choice", "values": [8, 12] if name == "rank" else [1e-3]}}
+        changes = {"search": {"space": {"dimensions": dimensions}}, "confirm": confirm}
+        plan = plan_of(tmp_path, **changes)
+        assert plan.confirm.most.trainings == 36 + 36
+        assert plan.confirm.parts[1].packs == 5 + packs
+
+
 def test_clean_is_trained_once_for_all_thresholds(tmp_path: Path) -> None:
     sweep = {"faults.0.threshold": [0.1, 0.2, 0.5]}
     plan = plan_of(tmp_path, sweep=sweep, searched=False)

@@ -175,12 +175,15 @@ def confirm_plan(study: Study, scenarios: Sequence[Scenario], cells: ArmCells) -
         known = _packs(study, [cell for cell in cells.cells if first <= cell.replicate < end])
         packs = [_runs_work(pack.runs, rungs, rows) for pack in known]
         coming = per_seed * (end - first) * len(scenarios)
+        # Runs of different rank may need packs of their own.
+        apart = per_seed * len(scenarios) if "rank" in dimensions else min(coming, 1)
         if coming:
             # They may join the packs of others.
             runs = min(pack_size(study), coming + sum(len(pack.runs) for pack in known))
             most = max(_passes(scenarios, cells))
             packs.append(_rung_work(runs, rungs[-1], most, rows, True))
-        parts.append(Part(len(known) + ceil(coming / pack_size(study)), _largest(packs)))
+        more = apart * ceil(coming / apart / pack_size(study)) if apart else 0
+        parts.append(Part(len(known) + more, _largest(packs)))
     for passes in _passes(scenarios, cells):
         work += _rung_work(
             per_seed * study.confirm.replicates, study.training.steps, passes, rows, True
