@@ -29,12 +29,13 @@ from aqn_tune.evidence.margins import ScenarioMargin
 from aqn_tune.evidence.power import mde_sd_units
 from aqn_tune.ledger import Ledger
 from aqn_tune.ledger.rows import MechanismRow
-from aqn_tune.report.comparison import Named, compare
+from aqn_tune.report.comparison import compare
 from aqn_tune.report.export import export_tables
 from aqn_tune.report.loading import load_results
 from aqn_tune.report.mechanism import scenes
 from aqn_tune.report.page import context, render_html, render_markdown
 from aqn_tune.report.parquet import run_lines
+from aqn_tune.report.side import Named
 from aqn_tune.report.summary import summary_of
 from aqn_tune.report.tensorboard import TensorBoardWriter, rebuild
 from aqn_tune.report.verdict_file import verdict_content

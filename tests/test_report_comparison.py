@@ -17,11 +17,12 @@ from aqn_tune.errors import UserError
 from aqn_tune.evidence.contrasts import PairedContrast
 from aqn_tune.evidence.verdicts import Undetermined
 from aqn_tune.models.locate import EMBEDDED_FOLDER
-from aqn_tune.report.comparison import Named, compare, parse_name, together
+from aqn_tune.report.comparison import compare
 from aqn_tune.report.loading import load_results
 from aqn_tune.report.manifest import write_manifest
 from aqn_tune.report.results import load_study_file
-from aqn_tune.study.difference import Difference
+from aqn_tune.report.side import Named, parse_name
+from aqn_tune.study.difference import Difference, together
 from aqn_tune.study.folder import StudyFolder, study_folder
 from aqn_tune.study.loading import make_setting
 

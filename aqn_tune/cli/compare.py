@@ -38,7 +38,8 @@ def command(
     of steps, or other faults in the evaluation, also where model files or rows have changed under one name.
     What was not declared before the runs has no verdict.
     """
-    from aqn_tune.report.comparison import compare, parse_name
+    from aqn_tune.report.comparison import compare
+    from aqn_tune.report.side import parse_name
 
     first = parse_name(arm)
     found = compare(first, parse_name(reference, first.folder), confounded=confounded)

@@ -11,6 +11,8 @@ from aqn_tune.study.schema import Study
 
 SHOWN = 6
 """Differences that a message spells out."""
+SHOWN_PARTS = 3
+"""Keys of a part that one side lacks, in words."""
 _ABSENT = object()
 
 
@@ -37,6 +39,38 @@ def differing(old: Any, new: Any) -> tuple[Difference, ...]:
     keys = dict.fromkeys([*before, *after])
     pairs = ((key, before.get(key, _ABSENT), after.get(key, _ABSENT)) for key in keys)
     return tuple(Difference(key, _text(a), _text(b)) for key, a, b in pairs if a != b)
+
+
+def together(found: Sequence[Difference]) -> tuple[Difference, ...]:
+    """Return differences with what only goes along with another one left out.
+
+    Noise beside none is one key, and not every key of the noise; another kind (of targeting, of method) is
+    one key, and not those that this kind has and the other has not.
+    """
+    kinds = {one.key.removesuffix("kind") for one in found if one.key.endswith(".kind")}
+    wholes = {f"{one.key}." for one in found if {one.old, one.new} == {"null", "absent"}}
+
+    def goes_along(one: Difference) -> bool:
+        lacks = "absent" in (one.old, one.new)
+        inside = any(one.key.startswith(whole) for whole in wholes)
+        of_kind = any(one.key.startswith(kind) for kind in kinds if one.key != f"{kind}kind")
+        return inside or (lacks and of_kind)
+
+    kept = []
+    for one in found:
+        if goes_along(one):
+            continue
+        if f"{one.key}." in wholes:
+            parts = [d for d in found if d.key.startswith(f"{one.key}.")]
+            said = ", ".join(
+                f"{d.key.removeprefix(f'{one.key}.')}: {d.new if d.old == 'absent' else d.old}"
+                for d in parts[:SHOWN_PARTS]
+            )
+            whole = f"{{{said}{', ...' if len(parts) > SHOWN_PARTS else ''}}}"
+            old, new = (whole if text == "absent" else text for text in (one.old, one.new))
+            one = Difference(one.key, old, new)
+        kept.append(one)
+    return tuple(kept)
 
 
 def differences_text(found: Sequence[Difference]) -> str:
